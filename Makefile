@@ -1,0 +1,47 @@
+# Each target works alone on a fresh machine: `make setup` is the part they share, and costs nothing twice.
+PYTHON  ?= python3
+RECIPE  ?= relu-attn
+TRACK   ?= text
+SEEDS   ?= 3
+BIN     := .venv/bin
+PIP     := $(BIN)/python -m pip --disable-pip-version-check
+STAMP   := .venv/.installed
+
+.PHONY: help setup bench test check format leaderboard perf clean
+.DEFAULT_GOAL := help
+
+help:  ## what there is to make
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):[^#]*## /\1\t/' | expand -t 14
+
+setup: $(STAMP)  ## create .venv and install everything, torch first
+
+# torch comes first and alone, pinned: drawn in by another package it would be the newest build, several GB of it.
+$(STAMP): pyproject.toml constraints.txt
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@echo "installing torch, then the rest (a minute or two, once) ..."
+	@$(PIP) install -q -c constraints.txt torch 2>&1 | grep -v 'is ignored: it is neither' || true
+	@$(PIP) install -q -c constraints.txt -e '.[dev]' 2>&1 | grep -v 'is ignored: it is neither' || true
+	@$(PIP) check
+	@$(BIN)/python -c "import quantbench, torch, transformers"
+	@touch $@
+
+bench: setup  ## train, measure and quantize a recipe beside its baseline: make bench RECIPE=relu-attn [TRACK=text SEEDS=3]
+	@$(BIN)/quantbench bench $(RECIPE) --track $(TRACK) --seeds $(SEEDS)
+
+test: setup  ## what CI runs
+	@$(BIN)/python -m pytest
+
+check: setup  ## format, lint, types
+	@$(BIN)/ruff format --check . && $(BIN)/ruff check . && $(BIN)/mypy
+
+format: setup  ## rewrite the sources in the project's format
+	@$(BIN)/ruff format . && $(BIN)/ruff check --fix .
+
+leaderboard: setup  ## render the tables and figures of results/ again
+	@$(BIN)/quantbench leaderboard
+
+perf: setup  ## benchmarks, as ratios against a peer in the same run, into results/perf/
+	@$(BIN)/python -m tests.perf
+
+clean:  ## remove .venv and everything that was computed but not committed
+	rm -rf .venv .quantbench build *.egg-info

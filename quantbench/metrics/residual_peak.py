@@ -1,0 +1,50 @@
+"""Residual-state peak: one token's residual norm is far larger than the others'.
+
+peak = max_t ||h_t|| / median_t ||h_t|| at a block's output, for each sequence by itself; mean over sequences;
+the value is the largest over blocks, because a change that flattens the first block's output may leave the
+peak in the later ones. The embedding is given apart. Beside it, over the same median: BOS alone, and the
+largest of all but BOS, so that peak = max(bos, others) in every sequence. `excess` is ||h_BOS|| minus the
+mean norm of the others (Guo et al., arXiv:2410.13835).
+"""
+
+import torch
+from torch import Tensor
+
+from quantbench.metrics import LayerMean, Metric, Reading, finite, largest, median
+
+
+class ResidualPeak(Metric):
+    title = "residual-state peak: largest token norm over the median, at the worst block (Guo)"
+
+    def __init__(self) -> None:
+        self.peak, self.bos, self.others, self.excess = LayerMean(), LayerMean(), LayerMean(), LayerMean()
+        self.embedded = LayerMean()
+
+    def embedding(self, hidden_BTD: Tensor) -> None:
+        norms_BT, median_B = _norms(hidden_BTD)
+        self.embedded.add(0, norms_BT.amax(-1) / median_B, median_B != 0)
+
+    def residual(self, layer: int, hidden_BTD: Tensor) -> None:
+        norms_BT, median_B = _norms(hidden_BTD)
+        defined_B = median_B != 0
+        self.peak.add(layer, norms_BT.amax(-1) / median_B, defined_B)
+        self.bos.add(layer, norms_BT[:, 0] / median_B, defined_B)
+        if norms_BT.shape[1] > 1:
+            self.others.add(layer, norms_BT[:, 1:].amax(-1) / median_B, defined_B)
+            self.excess.add(layer, norms_BT[:, 0] - norms_BT[:, 1:].mean(-1))
+
+    def result(self) -> Reading:
+        peaks = self.peak.per_layer()
+        value, layer = largest(peaks)
+        extra: dict[str, float | int | None] = {"layer": layer}
+        for name, means in {"bos": self.bos, "others": self.others, "excess": self.excess}.items():
+            found = means.per_layer()
+            extra[name] = largest(found)[0]
+            extra |= {f"{name}.{at}": finite(number) for at, number in enumerate(found)}
+        extra["embedding"] = largest(self.embedded.per_layer())[0]
+        return Reading(value, [finite(peak) for peak in peaks], extra)
+
+
+def _norms(hidden_BTD: Tensor) -> tuple[Tensor, Tensor]:
+    norms_BT = torch.linalg.vector_norm(hidden_BTD, dim=-1, dtype=torch.float64)
+    return norms_BT, median(norms_BT)

@@ -1,0 +1,186 @@
+"""What a recipe changes about pretraining. One file, one mitigation; this file is the contract, its bodies the baseline.
+
+A mitigation is a frozen dataclass of parameters and the seams it overrides. A seam that builds a part of the
+model gets the model's config and returns a module. Two mitigations combine where they override different seams.
+
+| seam | what it decides | what will take it |
+|---|---|---|
+| `inputs` | tokens in front of the sequence | registers |
+| `embedding` | between embedding and stream, stream and head; foldable | embedding-projection |
+| `norm` | a normalisation layer | single-scale-norm, outlier-protected-block |
+| `block` | how a sublayer's output joins the residual | outlier-protected-block |
+| `query_key` | queries and keys before positions | qk-norm, outlier-protected-block |
+| `weights` | scores -> weights of the values | relu-attention, sigmoid, softpick, clipped-softmax, softmax1, sink-logit, kv-bias |
+| `output` | heads' outputs before the projection | gated-attn (both), value-gate, context-scale |
+| `optimizer` | how parameters move | adamw (controls), sgd, muon, ortho-adam |
+| `penalty` | a term of the training loss, left out of every loss that is logged or tuned on | peak-penalty |
+| `prepare` | after training, before quantizing | prefix-kv, smoothquant, hadamard, percentile-clip |
+
+`prepare` is no part of a checkpoint's key, so that post-hoc mitigations share the baseline's checkpoints.
+kv-bias is a form (`weights`): it appends its column inside `attend`, never in the cache. value-gate's form that
+gates the source token scales the values inside `weights`, too. Bundles (osp) are only a YAML.
+
+Shapes: B sequences, T tokens, D residual features, H heads, E features of a head, R tokens in front.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from quantbench.attention import Form, Softmax
+
+if TYPE_CHECKING:
+    from quantbench.model import QuantbenchConfig
+    from quantbench.quantizers import Calibration
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What an optimizer starts from: the track's figures and this recipe's learning rate."""
+
+    lr: float
+    weight_decay: float  # decoupled, on matrices: a step shrinks them by lr * weight_decay
+    betas: tuple[float, float]
+    shrink: float  # lr * weight_decay of the track's baseline: the regularisation that every recipe shares
+
+
+class Join(nn.Module):
+    """A sublayer's output joins the residual stream by addition."""
+
+    def forward(self, residual_BTD: Tensor, update_BTD: Tensor) -> Tensor:
+        return residual_BTD + update_BTD
+
+
+class Projection(nn.Module):
+    """Nothing between embedding and stream, nothing between stream and head."""
+
+    def enter(self, embedded_BTD: Tensor) -> Tensor:
+        return embedded_BTD
+
+    def leave(self, hidden_BTD: Tensor) -> Tensor:
+        return hidden_BTD
+
+    def fold(self, embedding: nn.Embedding, head: nn.Linear) -> None:
+        """Puts the projection into the two matrices, so that inference does not pay for it."""
+
+
+class QueryKey(nn.Module):
+    """Queries and keys as they are projected, [B, T, H, E] each."""
+
+    def forward(self, q_BTHE: Tensor, k_BTHE: Tensor) -> tuple[Tensor, Tensor]:
+        return q_BTHE, k_BTHE
+
+
+class Output(nn.Module):
+    """The heads' outputs as they are. x is what the attention read, v its value states."""
+
+    def forward(self, y_BHTE: Tensor, x_BTD: Tensor, v_BHTE: Tensor) -> Tensor:
+        return y_BHTE
+
+
+@dataclass(frozen=True)
+class Mitigation:
+    """The contract of an entry. `version` is bumped by hand when its numbers change: it is part of cells' keys."""
+
+    def inputs(self, config: QuantbenchConfig) -> nn.Module | None:
+        """A module whose forward(batch size) gives learned tokens in front of the sequence, [B, R, D]; or None."""
+        return None
+
+    def embedding(self, config: QuantbenchConfig) -> Projection:
+        return Projection()
+
+    def norm(self, config: QuantbenchConfig) -> nn.Module:
+        # eps: 1e-5 for LayerNorm as in arXiv:2410.13835, 1e-6 for RMSNorm as in Llama.
+        return {"rmsnorm": RMSNorm, "layernorm": LayerNorm}[config.norm](config.width)
+
+    def block(self, config: QuantbenchConfig) -> nn.Module:
+        return Join()
+
+    def query_key(self, config: QuantbenchConfig) -> nn.Module:
+        return QueryKey()
+
+    def weights(self, config: QuantbenchConfig) -> Form:
+        return Softmax()
+
+    def output(self, config: QuantbenchConfig) -> nn.Module:
+        return Output()
+
+    def optimizer(self, model: nn.Module, settings: Settings) -> torch.optim.Optimizer:
+        """AdamW; weight decay on matrices, none on gains and biases."""
+        return adamw(model, settings.lr, settings.weight_decay, settings.betas)
+
+    def penalty(self, blocks_BTD: Sequence[Tensor]) -> Tensor | None:
+        """A scalar to add to the loss, from the outputs of the blocks; None where there is none."""
+        return None
+
+    def prepare(self, model: nn.Module, calibration: Calibration) -> Prepared:
+        return Prepared(model)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What a post-hoc mitigation hands to the quantizer."""
+
+    model: nn.Module
+    prefix: Tensor | None = None  # ids whose keys and values stand in the cache in full precision, [R]
+    exempt: Sequence[int] = ()  # positions that stay in full precision and out of the calibration
+    range_rule: str = "absmax"  # how a static range follows from the calibration
+
+
+SEAMS = (
+    "inputs",
+    "embedding",
+    "norm",
+    "block",
+    "query_key",
+    "weights",
+    "output",
+    "optimizer",
+    "penalty",
+    "prepare",
+)
+
+
+class RMSNorm(nn.RMSNorm):
+    def __init__(self, width: int) -> None:
+        super().__init__(width, eps=1e-6)
+
+
+class LayerNorm(nn.LayerNorm):
+    def __init__(self, width: int) -> None:
+        super().__init__(width, eps=1e-5, bias=True)
+
+
+def adamw(model: nn.Module, lr: float, weight_decay: float, betas: tuple[float, float]) -> torch.optim.Optimizer:
+    """AdamW (arXiv:1711.05101) with weight decay on matrices only, one fused kernel a step."""
+    matrices, others = by_shape(model)
+    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=lr, betas=betas, fused=True)
+
+
+def by_shape(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    """Parameters that are matrices, and the others (gains, biases, scalars)."""
+    parameters = list(model.parameters())
+    return [p for p in parameters if p.ndim >= 2], [p for p in parameters if p.ndim < 2]
+
+
+def seams(mitigation: Mitigation) -> list[str]:
+    """The seams that a mitigation overrides."""
+    return [seam for seam in SEAMS if getattr(type(mitigation), seam) is not getattr(Mitigation, seam)]
+
+
+def combine(mitigations: Mapping[str, Mitigation]) -> Mitigation:
+    """One mitigation with the seams of all; ValueError, with both names, where two want the same seam."""
+    combined, owner = Mitigation(), dict[str, str]()
+    for name, mitigation in mitigations.items():
+        for seam in seams(mitigation):
+            if seam in owner:
+                raise ValueError(f"{owner[seam]!r} and {name!r} both change {seam!r}: a recipe can have one of them")
+            owner[seam] = name
+            object.__setattr__(combined, seam, getattr(mitigation, seam))
+    return combined

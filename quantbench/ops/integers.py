@@ -1,0 +1,66 @@
+"""Symmetric integers of 2 to 8 bits: scales, rounding, packing, and an exact integer matrix product.
+
+    qmax = 2^(bits-1) - 1        scale = absmax / qmax        q = clamp(round(x / scale), -qmax, qmax)
+
+Rounding is half to even, and -2^(bits-1) is never used, so that q and -q mirror each other. bitsandbytes computes
+round(x * (127 / absmax)) instead: the two differ only where x / scale lies within float32 rounding of a half.
+
+Shapes: M rows, K input features, N output features; `...` any leading axes.
+"""
+
+import torch
+from torch import Tensor
+
+EXACT_WIDTH = 2**24 // 128**2  # |q| <= 128: the sum of so many products is at most 2^24, exact in float32
+
+
+def qmax(bits: int) -> int:
+    """The largest integer of a symmetric code."""
+    assert 2 <= bits <= 8, bits
+    return 2 ** (bits - 1) - 1
+
+
+def scale_of(absmax: Tensor, bits: int) -> Tensor:
+    """What one step of the integers stands for, float32. An all-zero range gets scale 1, hence zeros; NaN stays NaN."""
+    scale = absmax.float() / qmax(bits)
+    return scale.masked_fill(scale == 0, 1.0)  # after the division: a subnormal absmax underflows to 0, too
+
+
+def quantize(x: Tensor, scale: Tensor, bits: int) -> Tensor:
+    """int8 integers of x; `scale` broadcasts against it. NaN becomes 0 (int8 has none; the scale may carry it)."""
+    top = qmax(bits)
+    return x.float().div(scale).round_().clamp_(-top, top).nan_to_num_(0.0).to(torch.int8)
+
+
+def dequantize(q: Tensor, scale: Tensor) -> Tensor:
+    """What the integers stand for, float32."""
+    return q.float() * scale
+
+
+def pack_int4(q: Tensor) -> Tensor:
+    """Two's-complement nibbles, two a byte: feature 2j in the low half, 2j+1 in the high. [..., K] -> [..., K/2]."""
+    assert q.shape[-1] % 2 == 0, f"{q.shape[-1]} features do not fill whole bytes"
+    nibbles = q.view(torch.uint8) & 15
+    return nibbles[..., 0::2] | nibbles[..., 1::2] << 4
+
+
+def unpack_int4(packed: Tensor) -> Tensor:
+    """The int8 integers in -8..7 that `pack_int4` packed. [..., K/2] -> [..., K]."""
+    nibbles = torch.stack((packed & 15, packed >> 4), dim=-1).flatten(-2)
+    return (nibbles ^ 8).view(torch.int8) - 8  # sign extension
+
+
+def integer_matmul(x: Tensor, w: Tensor) -> Tensor:
+    """x @ w.T of int8 integers, exactly: [..., K], [N, K] -> int32 [..., N].
+
+    CPUs and GPUs alike multiply float32 matrices fast, and float32 holds every integer up to 2^24: so K is cut into
+    parts of at most 1,024, and the parts are summed as int32. TF32 and bf16 products of int8 values are exact as well.
+    """
+    assert x.dtype == w.dtype == torch.int8, (x.dtype, w.dtype)
+    assert x.shape[-1] * 128**2 < 2**31, "an int32 could overflow"
+    with torch.autocast(x.device.type, enabled=False):  # it would round the sums to bf16
+        parts = zip(x.split(EXACT_WIDTH, -1), w.split(EXACT_WIDTH, -1), strict=True)
+        first, *rest = ((a.float() @ b.float().T).to(torch.int32) for a, b in parts)
+        for part in rest:
+            first += part
+        return first

@@ -1,0 +1,133 @@
+"""bitsandbytes' own modules, as a user of `load_in_8bit` or `load_in_4bit` meets them: the reference.
+
+How it works. `Linear8bitLt`: int8 weights per output channel, inputs int8 per token; columns in which any token of
+the batch reaches the threshold are multiplied in full precision with dequantized weights (LLM.int8(), batch-
+dependent). `Linear4bit`: weights as 16 quantiles of a normal distribution (NF4, arXiv:2305.14314) in blocks of 64
+with a float32 scale each, activations in full precision.
+
+How it differs from calling bitsandbytes by hand. Its modules are always in eval mode (in train mode Linear8bitLt
+quantizes no activations and ignores the threshold); its log line on every float32 input is silenced; Linear4bit's
+in-place repacking on CPUs with AVX512-BF16 is off, because it computes in bf16 and its result would depend on the
+machine; exempt positions are fed as zeros, so that they make no columns outliers, and computed apart.
+
+What it leaves out. FP4, nested ("double") quantization of the scales, fp16 models. Inputs still pass through fp16 on
+their way to int8: what exceeds 65,504 is infinite there. With a threshold such columns are taken out before; at
+threshold 0 the output is not finite: `above-fp16` reports the share of calibration tokens (over all Linears) that do.
+"""
+
+import logging
+from dataclasses import dataclass
+from types import ModuleType
+from typing import ClassVar, Self
+
+import torch
+from torch import Tensor, nn
+
+from quantbench.anatomy import anatomy
+from quantbench.quantizers import Calibration, Exemption, LowBitLinear, Quantizer, swap, watch
+
+BLOCK = 64  # weights that share an NF4 scale
+
+
+def bitsandbytes() -> ModuleType:
+    """The package, imported when it is needed (5 s) and kept quiet."""
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    import bitsandbytes
+
+    return bitsandbytes
+
+
+@dataclass(frozen=True)
+class BnbInt8(Quantizer):
+    title: ClassVar[str] = "bitsandbytes Linear8bitLt: INT8, outlier columns of each batch in full precision"
+    quantizes_activations: ClassVar[bool] = True
+
+    threshold: float = 6.0  # |activation| from which a column is an outlier; 0: none
+
+    def check(self, widths: list[int]) -> None:
+        if not self.threshold >= 0:
+            raise ValueError(f"threshold: {self.threshold} means nothing; choose 0 (no outliers) or more")
+
+    def quantize(self, model: nn.Module, calibration: Calibration) -> dict[str, float]:
+        self.check([])
+        above, tokens = 0, 0
+
+        def see(name: str, x_MK: Tensor) -> None:
+            nonlocal above, tokens
+            above += int((x_MK.abs().amax(-1) > torch.finfo(torch.float16).max).sum())
+            tokens += len(x_MK)
+
+        watch(model, calibration, see)
+        report = swap(model, lambda name, linear: BnbInt8Linear(linear, calibration.exemption, self.threshold))
+        return report | {"above-fp16": above / max(1, tokens)}
+
+
+@dataclass(frozen=True)
+class BnbNF4(Quantizer):
+    title: ClassVar[str] = "bitsandbytes Linear4bit: NF4 weights in blocks of 64, activations in full precision"
+
+    def check(self, widths: list[int]) -> None:
+        for width in widths:
+            if width % BLOCK:
+                raise ValueError(f"bnb-nf4: blocks of {BLOCK} do not divide a Linear's input width {width}")
+
+    def quantize(self, model: nn.Module, calibration: Calibration) -> dict[str, float]:
+        for name, (_, linear) in anatomy(model).linears().items():
+            try:
+                self.check([linear.in_features])
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}") from None
+        return swap(model, lambda name, linear: BnbNF4Linear(linear, calibration.exemption))
+
+
+class BnbInt8Linear(LowBitLinear):
+    def __init__(self, linear: nn.Linear, exemption: Exemption, threshold: float) -> None:
+        super().__init__(linear, exemption)
+        bnb = bitsandbytes().nn
+        self.inner = bnb.Linear8bitLt(
+            self.in_features, self.out_features, bias=False, has_fp16_weights=False, threshold=threshold, device="meta"
+        )
+        weight = linear.weight.detach().cpu()  # quantized as it moves from the CPU to its device
+        self.inner.weight = bnb.Int8Params(weight, requires_grad=False, has_fp16_weights=False)
+        self.inner.to(linear.weight.device).eval()
+        self.inner.init_8bit_state()
+
+    def low_bit(self, x: Tensor, exempt_BT: Tensor | None) -> Tensor:
+        counted = x if exempt_BT is None else x.masked_fill(exempt_BT.unsqueeze(-1), 0.0)
+        y = self.inner(counted.flatten(0, -2)).unflatten(0, x.shape[:-1])  # it mistakes more than 3 axes
+        return y if self.bias is None else y + self.bias
+
+    def dequantized_NK(self) -> Tensor:
+        state = self.inner.state
+        return state.CB.float() * (state.SCB / 127).unsqueeze(1)
+
+    def stored_bits(self) -> int:
+        return 8 * (self.inner.state.CB.nbytes + self.inner.state.SCB.nbytes)
+
+    def train(self, mode: bool = True) -> Self:
+        return super().train(False)  # in train mode Linear8bitLt would not quantize its input
+
+
+class BnbNF4Linear(LowBitLinear):
+    def __init__(self, linear: nn.Linear, exemption: Exemption) -> None:
+        super().__init__(linear, exemption)
+        bnb = bitsandbytes().nn
+        self.inner = bnb.Linear4bit(
+            self.in_features, self.out_features, bias=False, compute_dtype=torch.float32, device="meta"
+        )
+        self.inner.support_avx512bf16_for_cpu = False
+        weight = linear.weight.detach().cpu()
+        self.inner.weight = bnb.Params4bit(
+            weight, blocksize=BLOCK, compress_statistics=False, quant_type="nf4", module=self.inner
+        )
+        self.inner.to(linear.weight.device).eval()
+
+    def low_bit(self, x: Tensor, exempt_BT: Tensor | None) -> Tensor:
+        y = self.inner(x)
+        return y if self.bias is None else y + self.bias
+
+    def dequantized_NK(self) -> Tensor:
+        return bitsandbytes().functional.dequantize_4bit(self.inner.weight.data, self.inner.weight.quant_state)
+
+    def stored_bits(self) -> int:
+        return 8 * (self.inner.weight.nbytes + self.inner.weight.quant_state.absmax.nbytes)

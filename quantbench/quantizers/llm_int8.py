@@ -1,0 +1,80 @@
+"""LLM.int8() with its decomposition fixed at calibration (after arXiv:2208.07339).
+
+How it works. A feature of a Linear's input is an outlier where at least `share` of the calibration tokens reach
+the threshold in it. Those columns are multiplied in full precision by full-precision weights; the rest in int8,
+one scale per token, one per output channel (over the weights that are left).
+
+How it differs from bitsandbytes. There any token of the batch at or above the threshold takes its columns out of
+the int8 part for all tokens, so that a sink token changes its neighbours' results, and one long peak makes most
+columns outliers. Here a token's integers depend on that token alone. The share of 6% is the paper's criterion for
+an outlier feature (at least 6% of the sequence positions); `share: 0` lets one token suffice, as in bitsandbytes.
+
+What it leaves out. The paper's second criterion, that the feature is an outlier in at least 25% of the layers.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from quantbench.quantizers import Calibration, Exemption, IntegerLinear, LowBitLinear, Quantizer, swap, watch
+
+
+@dataclass(frozen=True)
+class LLMInt8(Quantizer):
+    title: ClassVar[str] = "INT8 per token, outlier columns (fixed at calibration) in full precision"
+    quantizes_activations: ClassVar[bool] = True
+
+    threshold: float = 6.0  # |activation|
+    share: float = 0.06  # of the calibration tokens; 0: one token suffices
+
+    def check(self, widths: list[int]) -> None:
+        if not self.threshold > 0:
+            raise ValueError(f"threshold: {self.threshold} keeps every column; choose one above 0, or w8a8-token")
+        if not 0 <= self.share <= 1:
+            raise ValueError(f"share: {self.share} is no share of the tokens; choose 0 to 1")
+
+    def quantize(self, model: nn.Module, calibration: Calibration) -> dict[str, float]:
+        self.check([])
+        assert calibration.batches, "outlier columns need calibration batches"
+        count_K: dict[str, Tensor] = {}
+        tokens: dict[str, int] = {}
+
+        def see(name: str, x_MK: Tensor) -> None:
+            count_K[name] = count_K.get(name, 0) + (x_MK.abs() >= self.threshold).sum(0)
+            tokens[name] = tokens.get(name, 0) + len(x_MK)
+
+        watch(model, calibration, see)
+        outlier_K = {name: (count > 0) & (count >= self.share * tokens[name]) for name, count in count_K.items()}
+        report = swap(model, lambda name, linear: MixedLinear(linear, calibration.exemption, outlier_K[name]))
+        columns = torch.cat(list(outlier_K.values()))
+        return report | {"columns-kept": columns.double().mean().item()}
+
+
+class MixedLinear(LowBitLinear):
+    """Some columns in full precision, the rest in int8 per token. J: columns kept."""
+
+    columns_J: Tensor
+    kept_NJ: Tensor
+
+    def __init__(self, linear: nn.Linear, exemption: Exemption, outlier_K: Tensor) -> None:
+        super().__init__(linear, exemption)
+        self.register_buffer("columns_J", outlier_K.nonzero().flatten())
+        self.register_buffer("kept_NJ", linear.weight.detach()[:, outlier_K])
+        rest = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
+        rest.weight = nn.Parameter(linear.weight.detach().masked_fill(outlier_K, 0.0), requires_grad=False)
+        self.rest = IntegerLinear(rest, exemption, weights=8, activations=8, scope="token")
+
+    def low_bit(self, x: Tensor, exempt_BT: Tensor | None) -> Tensor:
+        y = self.rest.low_bit(x.index_fill(-1, self.columns_J, 0.0), exempt_BT)
+        if len(self.columns_J):
+            y = y + F.linear(x[..., self.columns_J], self.kept_NJ)
+        return y if self.bias is None else y + self.bias
+
+    def dequantized_NK(self) -> Tensor:
+        return self.rest.dequantized_NK().index_copy(1, self.columns_J, self.kept_NJ.float())
+
+    def stored_bits(self) -> int:
+        return self.rest.stored_bits() + 8 * (self.kept_NJ.nbytes + self.columns_J.nbytes)

@@ -1,0 +1,156 @@
+"""Recipe and Track: a recipe is a difference from the baseline, a track is what is held equal.
+
+Both are frozen dataclasses read by `strict`; a field `weight_decay` is the key `weight-decay` in YAML.
+The recipe cannot touch what the track holds equal, so that fairness is a property of the file format.
+Every key is explained in recipes/README.md.
+"""
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from hashlib import sha256
+from importlib import import_module
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+from quantbench import catalog, strict
+from quantbench.strict import Entries, Entry, KeyedError, Range
+
+NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What one row of the leaderboard changes about pretraining; the defaults are the baseline."""
+
+    title: str
+    why: str  # one sentence: why it might help
+    paper: str = ""  # arXiv id or address
+    mitigations: Annotated[dict[str, object], Entries("mitigations", catalog)] = field(default_factory=dict)
+    lr: dict[str, Annotated[float, Range(0.0, 100.0)]] = field(default_factory=dict)  # track -> tuned; else the track's
+
+    def __post_init__(self) -> None:
+        for track in self.lr:
+            if not NAME.fullmatch(track):
+                raise KeyedError(f"'lr' has {strict.quote(track)}, which is no track's name ({NAME.pattern})", "lr")
+
+    def check_entries(self) -> None:
+        """ValueError where two mitigations change the same thing. Only combinations pay for the import of torch."""
+        if len(self.mitigations) > 1:
+            try:
+                import_module("quantbench.mitigations").combine(self.mitigations)
+            except ValueError as error:
+                raise KeyedError(str(error), "mitigations") from error
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The decoder that every recipe of a track trains."""
+
+    layers: Annotated[int, Range(1, 1024)] = 8
+    heads: Annotated[int, Range(1, 1024)] = 8
+    width: Annotated[int, Range(64, 65536)] = 64  # a multiple of 64, so that group-wise 4 bits divide it
+    mlp_width: Annotated[int, Range(64, 262144)] = 192
+    mlp: Literal["swiglu", "gelu", "relu"] = "swiglu"
+    norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"
+    positions: Literal["rope", "learned"] = "rope"
+    embedding_std: Annotated[float, Range(0.0, 100.0)] = 1.0
+
+    def __post_init__(self) -> None:
+        if self.width % 64:
+            raise KeyedError(f"'width' must be a multiple of 64, not {self.width}", "width")
+        if self.width % self.heads:
+            raise KeyedError(f"'heads' ({self.heads}) must divide 'width' ({self.width})", "heads", "width")
+        if self.positions == "rope" and self.width // self.heads % 2:
+            raise KeyedError("rope needs an even number of features in a head: halve 'heads'", "heads", "width")
+
+
+@dataclass(frozen=True)
+class Evaluate:
+    """On how much of the held-out split a model is judged, and by what."""
+
+    sequences: Annotated[int, Range(1, 1_000_000)] = 512  # held-out windows of `length` tokens
+    traced: Annotated[int, Range(1, 1_000_000)] = 64  # of these, how many the metrics of the trace see
+    calibration: Annotated[int, Range(1, 10_000)] = 16  # batches of the training split for static ranges
+    exemption: tuple[str, ...] = ()  # quantizers of the track for which the extreme tokens' share is measured
+    lm_eval_items: Annotated[int, Range(0, 100_000)] = 0  # documents and choices given to lm-eval; 0: not run
+
+
+@dataclass(frozen=True)
+class Track:
+    """What is held equal among the rows of one table."""
+
+    title: str
+    task: Annotated[object, Entry("tasks", catalog)]
+    quantizers: Annotated[dict[str, object], Entries("quantizers", catalog)]
+    metrics: Annotated[tuple[str, ...], Entries("metrics", catalog)]
+    rank_by: dict[Literal["damage"], str]  # the quantizer by whose damage rows are ranked
+    steps: Annotated[int, Range(1, 100_000_000)]
+    lr: Annotated[float, Range(0.0, 100.0)]  # the baseline's
+    model: Shape = field(default_factory=Shape)
+    length: Annotated[int, Range(2, 1_048_576)] = 128  # tokens of a sequence that are predicted
+    batch: Annotated[int, Range(1, 1_048_576)] = 8  # sequences a step
+    weight_decay: Annotated[float, Range(0.0, 100.0)] = 0.5  # on matrices
+    betas: tuple[Annotated[float, Range(0.0, 0.999999)], Annotated[float, Range(0.0, 0.999999)]] = (0.9, 0.95)
+    clip: Annotated[float, Range(0.0, 1e9)] = 1.0  # gradient norm; 0: no clipping
+    warmup: Annotated[int, Range(0, 100_000_000)] = 100  # steps
+    decay: Annotated[float, Range(0.0, 1.0)] = 0.3  # the share of the steps, at the end, over which lr falls to 0
+    precision: Literal["fp32", "bf16"] = "fp32"
+    seeds: tuple[Annotated[int, Range(0, 2**31 - 1)], ...] = (0, 1, 2, 3, 4)
+    evaluate: Evaluate = field(default_factory=Evaluate)
+    timeline: Annotated[int, Range(0, 1000)] = 12  # how many log-spaced steps the three signatures are logged at
+    checkpoint: Annotated[int, Range(1, 100_000_000)] = 500  # steps between checkpoints
+
+    def __post_init__(self) -> None:
+        for key, used in (("rank-by", tuple(self.rank_by.values())), ("evaluate.exemption", self.evaluate.exemption)):
+            for name in used:
+                if name not in self.quantizers:
+                    near = strict.nearest(name, self.quantizers)
+                    raise KeyedError(f"{key!r} names {strict.quote(name)}, no quantizer of this track{near}", key)
+        if not self.rank_by:
+            raise KeyedError("'rank-by' must be {damage: quantizer}", "rank-by")
+        if not self.seeds or len(set(self.seeds)) < len(self.seeds):
+            raise KeyedError("'seeds' must be different, and at least one", "seeds")
+        if self.warmup > self.steps:
+            raise KeyedError(f"'warmup' ({self.warmup}) must be at most 'steps' ({self.steps})", "warmup", "steps")
+
+
+def load_recipe(name: str | Path, root: Path, sets: Sequence[str] = ()) -> tuple[str, Recipe]:
+    """A recipe and its name, by the name (recipes/<name>.yaml under the root) or by a path that ends in .yaml.
+
+    `sets` are the `key=value` of `--set`. ValueError, one line, for an unknown name or whatever is wrong inside.
+    """
+    return _load(str(name), root / "recipes", "recipe", Recipe, sets)
+
+
+def load_track(name: str | Path, root: Path, sets: Sequence[str] = ()) -> tuple[str, Track]:
+    """A track and its name; as `load_recipe`, from recipes/tracks/<name>.yaml."""
+    return _load(str(name), root / "recipes" / "tracks", "track", Track, sets)
+
+
+def _load(given: str, folder: Path, what: str, kind: type[T], sets: Sequence[str]) -> tuple[str, T]:
+    if given.endswith(".yaml"):
+        path = Path(given)
+        if not NAME.fullmatch(path.stem):
+            raise ValueError(f"{strict.quote(given)}: a {what}'s file is named {NAME.pattern}.yaml; rename it")
+    else:
+        known = available(folder)
+        if given not in known:
+            raise ValueError(f"no {what} {strict.quote(given)} in {folder}{strict.nearest(given, known)}")
+        path = folder / f"{given}.yaml"
+    return path.stem, strict.override(path, kind, sets)
+
+
+def available(folder: Path) -> list[str]:
+    """The names of the files in a folder of recipes or tracks, sorted; a link that leads out of it is none of them."""
+    inside = [path for path in folder.glob("*.yaml") if path.resolve().is_relative_to(folder.resolve())]
+    return sorted(path.stem for path in inside if NAME.fullmatch(path.stem))
+
+
+def digest(plain: dict[str, Any]) -> str:
+    """sha256 (hex) of the canonical JSON of a plain form (`strict.dump`)."""
+    text = json.dumps(plain, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+    return sha256(text.encode()).hexdigest()

@@ -1,0 +1,315 @@
+"""Records: one small JSON file per recipe, track and seed, from which every table and figure is rendered.
+
+    results/<track>/<recipe>/seed-<n>.json       the record: same inputs, same environment class -> same bytes
+    results/<track>/<recipe>/seed-<n>.run.json   commit, date, timings of the run that wrote it; never compared
+
+What is undefined is null, never NaN; losses are nats per token, damage and KL likewise, SQNR is in dB.
+The schema is the table of checks below. A file that breaks it is an integrity error (`ResultsError`): it names
+the file and the place in it, and nothing is rendered.
+"""
+
+import json
+import math
+import re
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from quantbench.store import atomic_write, check_name
+
+Record = dict[str, Any]
+Check = Callable[[Any, str], None]
+T = TypeVar("T", str, tuple[str, str])
+
+SCHEMA = 1
+BASELINE = "baseline"
+PATH = re.compile(r"seed-(0|[1-9][0-9]{0,8})\.json")
+LARGEST = 1 << 26  # bytes; a record is some tens of kilobytes
+
+
+class ResultsError(Exception):
+    """A committed record cannot be trusted: malformed, of another schema, or not where its content says."""
+
+
+# --- the schema ----------------------------------------------------------------------------------------------------
+
+
+def _of(kind: type, name: str) -> Check:
+    def check(value: Any, where: str) -> None:
+        if not isinstance(value, kind) or isinstance(value, bool):
+            raise ResultsError(f"{where}: {name} is needed, not {_short(value)}")
+
+    return check
+
+
+text, integer, mapping, sequence = _of(str, "text"), _of(int, "an integer"), _of(dict, "an object"), _of(list, "a list")
+
+
+def number(value: Any, where: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise ResultsError(f"{where}: a finite number is needed, not {_short(value)}")
+
+
+def anything(value: Any, where: str) -> None:
+    """JSON of any shape, as a resolved recipe is; its numbers are finite all the same."""
+    if isinstance(value, dict):
+        _each(anything)(value, where)
+    elif isinstance(value, list):
+        _list(anything)(value, where)
+    elif isinstance(value, float):
+        number(value, where)
+    elif not isinstance(value, str | int | None):
+        raise ResultsError(f"{where}: {_short(value)} is not a JSON value")
+
+
+def _name(value: Any, where: str) -> None:
+    text(value, where)
+    try:
+        check_name(value, "name")
+    except ValueError as error:
+        raise ResultsError(f"{where}: {error}") from error
+
+
+def _or_null(check: Check) -> Check:
+    def optional(value: Any, where: str) -> None:
+        if value is not None:
+            check(value, where)
+
+    return optional
+
+
+def _list(check: Check) -> Check:
+    def every(value: Any, where: str) -> None:
+        sequence(value, where)
+        for index, member in enumerate(value):
+            check(member, f"{where}[{index}]")
+
+    return every
+
+
+def _each(check: Check, names: Check = text) -> Check:
+    """An object with names of its own choice."""
+
+    def every(value: Any, where: str) -> None:
+        mapping(value, where)
+        for name, member in value.items():
+            names(name, where)
+            check(member, f"{where}.{name}")
+
+    return every
+
+
+def _object(**members: Check) -> Check:
+    """An object with just these members; `a_b` stands for the key `a-b`."""
+    checks = {name.replace("_", "-"): check for name, check in members.items()}
+
+    def every(value: Any, where: str) -> None:
+        mapping(value, where)
+        for name in sorted(checks.keys() ^ value.keys()):
+            raise ResultsError(f"{where}: {'missing' if name in checks else 'unknown'} key {name!r}")
+        for name, check in checks.items():
+            check(value[name], f"{where}.{name}")
+
+    return every
+
+
+def _point(value: Any, where: str) -> None:
+    sequence(value, where)
+    if len(value) != 2:
+        raise ResultsError(f"{where}: [step, loss] is needed, not {_short(value)}")
+    integer(value[0], where)
+    number(value[1], where)
+
+
+_figure = _or_null(number)
+_figures = _or_null(_each(_figure))
+_named = {"name": _name, "digest": text, "title": text}
+_exempted = _object(damage=_figure, kl=_figure)
+_quality = {"loss": _figure, "perplexity": _figure, "bits_per_byte": _figure, "lm_eval": _figures}
+
+_shape = _object(
+    schema=integer,
+    status=text,
+    reason=_or_null(text),
+    recipe=_object(**_named, resolved=_each(anything)),
+    track=_object(**_named, resolved=_each(anything)),
+    seed=integer,
+    data=text,
+    versions=_each(anything),
+    environment=_object(torch=text, bitsandbytes=_or_null(text), threads=integer, cpu=text, device=text),
+    cost=_object(parameters=integer, added_parameters=integer, flops_per_token=integer),
+    training=_object(
+        losses=_list(_point),
+        final_loss=_figure,
+        timeline=_list(
+            _object(step=integer, residual_peak=_figure, bos_attention=_figure, value_drain=_figure, loss=_figure)
+        ),
+    ),
+    full_precision=_or_null(
+        _object(
+            **_quality,
+            tokens=_or_null(integer),
+            task=_figures,
+            metrics=_each(_object(value=_figure, per_layer=_list(_figure), extra=_each(_figure))),
+        )
+    ),
+    quantized=_each(
+        _object(
+            **_quality,
+            damage=_figure,
+            kl=_figure,
+            top1_agreement=_figure,
+            sqnr=_or_null(_each(_list(_figure))),
+            report=_each(anything),
+            exemption=_or_null(_object(extreme=_exempted, random=_exempted, tokens=integer)),
+        ),
+        names=_name,
+    ),
+)
+
+
+def validate(record: Any, where: str = "record") -> None:
+    """ResultsError naming the first place at which this is no record."""
+    mapping(record, where)
+    if record.get("schema") != SCHEMA:
+        raise ResultsError(f"{where}: schema {_short(record.get('schema'))} is unknown (this version reads {SCHEMA})")
+    _shape(record, where)
+    status, full = record["status"], record["full-precision"]
+    if status not in ("finished", "diverged"):
+        raise ResultsError(f"{where}.status: finished or diverged is needed, not {_short(status)}")
+    if record["seed"] < 0:
+        raise ResultsError(f"{where}.seed: {record['seed']} is below 0")
+    if status == "diverged" and not record["reason"]:
+        raise ResultsError(f"{where}.reason: a diverged run says why")
+    if status == "finished":
+        if full is None or full["loss"] is None:
+            raise ResultsError(f"{where}.full-precision.loss: a finished run has one")
+        if rank_by(record) not in record["quantized"]:
+            raise ResultsError(f"{where}.quantized: {rank_by(record)!r}, by which the track ranks, is missing")
+        if not record["track"]["resolved"].get("seeds"):
+            raise ResultsError(f"{where}.track.resolved.seeds: missing")
+
+
+def rank_by(record: Record) -> str:
+    """The quantizer by whose damage the record's track ranks its rows."""
+    rule = record["track"]["resolved"].get("rank-by")
+    if not isinstance(rule, dict) or not isinstance(rule.get("damage"), str):
+        raise ResultsError(f"track {record['track']['name']}: rank-by names no quantizer")
+    return str(rule["damage"])
+
+
+def _short(value: Any) -> str:
+    shown = repr(value)
+    return shown if len(shown) <= 40 else shown[:37] + "..."
+
+
+# --- files ---------------------------------------------------------------------------------------------------------
+
+
+def canonical(record: Record) -> bytes:
+    """The record's bytes: sorted keys, floats in the shortest form that reads back equal, no NaN."""
+    return (json.dumps(record, sort_keys=True, indent=1, allow_nan=False, ensure_ascii=False) + "\n").encode()
+
+
+def path_of(root: Path, record: Record) -> Path:
+    """Where the record lives below the results folder."""
+    track, recipe = check_name(record["track"]["name"], "track"), check_name(record["recipe"]["name"], "recipe")
+    return root / track / recipe / f"seed-{record['seed']}.json"
+
+
+def read(path: Path) -> Record:
+    """One record, validated. ResultsError names the file."""
+    if path.is_symlink() or not path.is_file() or path.stat().st_size > LARGEST:
+        raise ResultsError(f"{path}: not a record file")
+    data = path.read_bytes()
+    try:
+        record: Record = json.loads(data, parse_constant=_refuse_constant, object_pairs_hook=_refuse_repeated)
+        validate(record)
+        if canonical(record) != data:
+            raise ResultsError("not in canonical form: it was edited after it was written")
+        if not PATH.fullmatch(path.name) or path_of(path.parents[2], record) != path:
+            raise ResultsError("its track, recipe and seed are not those of its path")
+    except (ResultsError, ValueError, RecursionError) as error:
+        raise ResultsError(f"{path}: {error}; restore it, or remove it and run its recipe again") from error
+    return record
+
+
+def read_all(root: Path) -> list[Record]:
+    """Every record below the results folder, by track, recipe and seed. ResultsError where one is not sound."""
+    paths = [path for path in root.glob("*/*/seed-*.json") if not path.name.endswith(".run.json")]
+    for path in paths:
+        if not path.resolve().is_relative_to(root.resolve()):
+            raise ResultsError(f"{path}: a link leads out of the results folder")
+    records = [read(path) for path in paths]
+    return sorted(records, key=lambda r: (r["track"]["name"], r["recipe"]["name"], r["seed"]))
+
+
+def write(
+    root: Path, record: Record, run: Record, accept: bool = False
+) -> Literal["written", "identical", "replaced", "differs"]:
+    """Writes a record and the facts of its run, unless the record there has the same inputs and other numbers.
+
+    In that case ("differs") the committed record stays, until `accept` says that the new one is right. One of
+    other inputs (digests, versions, environment class) is replaced.
+    """
+    validate(record)
+    path = path_of(root, record)
+    state: Literal["written", "replaced"] = "written"
+    if path.exists():
+        if path.read_bytes() == canonical(record):
+            return "identical"
+        if not accept and _inputs(read(path)) == _inputs(record):
+            return "differs"
+        state = "replaced"
+    # The record last: while it is missing, or the old one, the run counts as not yet written.
+    atomic_write(path.with_suffix(".run.json"), canonical(run))
+    atomic_write(path, canonical(record))
+    return state
+
+
+def _inputs(record: Record) -> list[Any]:
+    """What decides a record's numbers."""
+    return [record["recipe"]["digest"], *digests(record), record["versions"], record["environment"]]
+
+
+def _refuse_constant(name: str) -> float:
+    raise ResultsError(f"{name} is no JSON")
+
+
+def _refuse_repeated(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    members = dict(pairs)
+    if len(members) != len(pairs):
+        repeated = next(name for name, count in Counter(name for name, _ in pairs).items() if count > 1)
+        raise ResultsError(f"the key {repeated!r} appears twice")
+    return members
+
+
+# --- what may be pooled --------------------------------------------------------------------------------------------
+
+
+def digests(record: Record) -> tuple[str, str]:
+    """(track, data): records that differ in them measured different things."""
+    return record["track"]["digest"], record["data"]
+
+
+def comparable(records: list[Record]) -> tuple[list[Record], list[Record]]:
+    """Splits one track's records into those that may be pooled and compared, and stale ones.
+
+    The table is that of the digests which most of the baseline's records carry (of all records, where there is no
+    baseline). Within a recipe, seeds of another recipe digest than most of its seeds are stale, too.
+    """
+    ruling = [r for r in records if r["recipe"]["name"] == BASELINE] or records
+    table = _most_common([digests(r) for r in ruling])
+    current = [r for r in records if digests(r) == table]
+    versions: dict[str, list[str]] = {}
+    for record in current:
+        versions.setdefault(record["recipe"]["name"], []).append(record["recipe"]["digest"])
+    kept = [r for r in current if r["recipe"]["digest"] == _most_common(versions[r["recipe"]["name"]])]
+    return kept, [r for r in records if r not in kept]
+
+
+def _most_common(values: list[T]) -> T | None:
+    """The most frequent value; of equally frequent ones the first in order, whatever the order of the records."""
+    counts = Counter(values)
+    return min(counts, key=lambda value: (-counts[value], value), default=None)

@@ -1,0 +1,292 @@
+"""Real text that every machine already has: docstrings or sources of pinned packages, or a folder of one's own.
+
+A document is a docstring (prose), a source file (code), or a file of the folder. Files are split by a hash of
+their path, about one in ten held out. A document is kept once; one that the training split has is no held-out
+document. A byte-level BPE is trained on the training split; a split is then one stream of ids:
+
+    document <sep> document <sep> ...
+
+and a sequence is BOS and a window of the stream. Packages are known by their distribution's name and version,
+read by the list of files that pip keeps, and never imported.
+"""
+
+import ast
+import gc
+import hashlib
+import io
+import json
+import os
+import sys
+import warnings
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from quantbench.store import Store
+from quantbench.strict import Range
+from quantbench.tasks import Data, Ids, Task, random_bits
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+VERSION = 1  # bumped by hand when other ids come out of the same text
+BOS, SEP = "<bos>", "<sep>"
+SHORTEST = 32  # characters of a document
+HELD_OUT = 10  # one file in so many
+SUFFIXES = (".txt", ".md", ".rst", ".py")  # of a folder's files
+BUILD_FILES = ("__config__.py",)  # written by a package's build: these differ between its wheels
+CALIBRATION_SEED = 0x63616C6962726174  # a stream of its own, far from the seeds that people choose
+
+
+@dataclass(frozen=True)
+class Text(Task):
+    """Next-token prediction on text."""
+
+    domain: Literal["prose", "code"] = "prose"  # of packages: their docstrings, or their sources
+    packages: tuple[str, ...] = ("numpy", "scipy", "transformers")  # names of installed distributions
+    folder: str = ""  # text files (.txt, .md, .rst, .py; UTF-8; links not followed) in place of packages
+    vocab: Annotated[int, Range(258, 65536)] = 512  # 256 bytes, 2 special tokens, the rest merges
+
+    def open(self, cache: Path) -> "Corpus":
+        source = _Folder(self.folder) if self.folder else _Packages(self.packages, self.domain)
+        inputs = {"version": VERSION, "source": source.identity(), "vocab": self.vocab}
+        store = Store(cache)
+        found = store.load("text", inputs)
+        if found is None:
+            with store.cell("text", inputs) as cell:
+                found = cell.path or cell.commit(_build(source, self.vocab))
+        return Corpus(found)
+
+
+class Corpus(Data):
+    """Both splits as streams of ids, mapped into memory."""
+
+    def __init__(self, folder: Path):
+        self.tokenizer_file = folder / "tokenizer.json"
+        self.digest = json.loads((folder / "corpus.json").read_bytes())["digest"]
+        tokens: dict[str, int] = json.loads(self.tokenizer_file.read_bytes())["model"]["vocab"]
+        self.vocab = len(tokens)
+        self.bos, self._sep = tokens[BOS], tokens[SEP]
+        # The alphabet of a byte-level BPE has one character a byte.
+        self._bytes = np.zeros(self.vocab, np.int64)
+        for token, number in tokens.items():
+            self._bytes[number] = 0 if token in (BOS, SEP) else len(token)
+        self._training, self._held_out = (
+            np.load(folder / name, mmap_mode="r", allow_pickle=False) for name in ("training.npy", "held-out.npy")
+        )
+
+    def training(self, seed: int, first: int, count: int, length: int) -> Ids:
+        """Windows of the training split at random places."""
+        places = len(self._training) - length + 1
+        if places < 1:
+            raise ValueError(f"text: the training split has {len(self._training):,} tokens, a sequence {length:,}")
+        starts = random_bits(seed, np.arange(first, first + count)) % np.uint64(places)
+        return self._windows(self._training, starts.astype(np.int64), length)
+
+    def calibration(self, count: int, length: int) -> Ids:
+        return self.training(CALIBRATION_SEED, 0, count, length)
+
+    def held_out(self, count: int, length: int) -> Ids:
+        """Windows that do not overlap, spread evenly over the held-out split."""
+        windows = len(self._held_out) // length
+        if count > windows:
+            raise ValueError(
+                f"text: the held-out split has {windows:,} windows of {length:,} tokens, {count:,} are asked for: "
+                "evaluate fewer sequences, or name more text"
+            )
+        return self._windows(self._held_out, np.arange(count) * windows // count * length, length)
+
+    def bytes_of(self, ids: Ids) -> int:
+        return int(self._bytes[ids].sum())
+
+    def documents(self, count: int) -> list[str]:
+        """Held-out documents of 200 characters or more, spread evenly over the split.
+
+        Those that spell a special token are left out, since not every tokenizer can be told to read it as text.
+        """
+        from tokenizers import Tokenizer
+
+        assert self.tokenizer_file is not None
+        ends = np.flatnonzero(self._held_out == self._sep)
+        pieces = [piece[piece != self._sep].tolist() for piece in np.split(self._held_out, ends)[:-1]]
+        texts = Tokenizer.from_file(str(self.tokenizer_file)).decode_batch(pieces, skip_special_tokens=False)
+        texts = [text for text in texts if len(text) >= 200 and BOS not in text and SEP not in text]
+        if count > len(texts):
+            raise ValueError(f"text: the held-out split has {len(texts):,} documents of 200 characters, not {count:,}")
+        return [texts[i * len(texts) // count] for i in range(count)]
+
+    def _windows(self, stream_N: NDArray[np.uint16], starts_B: NDArray[np.int64], length: int) -> Ids:
+        ids = np.full((len(starts_B), length + 1), self.bos, np.int64)
+        ids[:, 1:] = stream_N[starts_B[:, None] + np.arange(length)]
+        return ids
+
+
+class _Packages:
+    """The Python files of installed distributions."""
+
+    def __init__(self, names: tuple[str, ...], domain: Literal["prose", "code"]):
+        self.domain = domain
+        self.found: list[metadata.Distribution] = []
+        for name in names:
+            try:
+                self.found.append(metadata.distribution(name))
+            except metadata.PackageNotFoundError:
+                raise ValueError(f"text: the package {name!r} is not installed: pip install {name}") from None
+        self.title = ", ".join(f"{package.name} {package.version}" for package in self.found)
+        self.title = f"{'docstrings' if domain == 'prose' else 'sources'} of {self.title}"
+
+    def identity(self) -> dict[str, object]:
+        return {"domain": self.domain, "packages": [[package.name, package.version] for package in self.found]}
+
+    def documents(self) -> Iterator[tuple[str, list[str]]]:
+        for package in self.found:
+            if package.files is None:
+                raise ValueError(f"text: pip keeps no list of the files of {package.name}: reinstall it with pip")
+            for file in sorted(package.files, key=str):
+                if file.suffix != ".py" or ".." in file.parts or file.name in BUILD_FILES:
+                    continue
+                path = Path(str(package.locate_file(file)))
+                source = _utf8(path, path.read_bytes())
+                yield file.as_posix(), [source] if self.domain == "code" else _docstrings(path, source)
+
+
+class _Folder:
+    """The text files under a folder, whole."""
+
+    def __init__(self, folder: str):
+        root = Path(folder).expanduser()
+        if not root.is_dir():
+            raise ValueError(f"text: {folder!r} is no folder")
+        self.title = f"the text files of {folder}"
+        self.files: dict[str, str] = {}
+        for parent, _, names in os.walk(root, followlinks=False):
+            for path in (Path(parent, name) for name in names if name.endswith(SUFFIXES)):
+                if path.is_file() and not path.is_symlink():
+                    self.files[path.relative_to(root).as_posix()] = _utf8(path, path.read_bytes())
+
+    def identity(self) -> dict[str, object]:
+        # By content, not by name and date: a file changed in place is other text.
+        return {"folder": _sha256(part for item in self.documents() for part in (item[0], *item[1]))}
+
+    def documents(self) -> Iterator[tuple[str, list[str]]]:
+        for name in sorted(self.files):
+            yield name, [self.files[name]]
+
+
+def _utf8(path: Path, content: bytes) -> str:
+    try:
+        return content.decode("utf-8-sig").replace("\r\n", "\n")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: byte {error.start} is not UTF-8: convert the file, or leave it out") from None
+
+
+def _docstrings(path: Path, source: str) -> list[str]:
+    """The docstrings of a module, its classes and functions, in order; none where no triple quotes are."""
+    if '"""' not in source and "'''" not in source:
+        return []
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # invalid escapes in the sources of others
+            module = ast.parse(source)
+    except (SyntaxError, ValueError) as error:
+        print(f"quantbench: {path} left out: {error}", file=sys.stderr)
+        return []
+    found: list[str] = []
+    pending: list[ast.AST] = [module]
+    while pending:
+        node = pending.pop()
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            found.append(ast.get_docstring(node) or "")
+        # Statements alone: expressions, most of the tree, hold no definitions.
+        inside = [c for field in ("body", "handlers", "orelse", "finalbody") for c in _statements(node, field)]
+        pending.extend(reversed(inside))
+    return found
+
+
+def _statements(node: ast.AST, field: str) -> list[ast.AST]:
+    return getattr(node, field, [])
+
+
+def _build(source: _Packages | _Folder, vocab: int) -> dict[str, bytes]:
+    """The files of a finished corpus. ValueError where the text is too little."""
+    print(f"quantbench: reading {source.title}, once ...", file=sys.stderr, flush=True)
+    training, held_out = _split(source)
+    if not training or not held_out:
+        raise ValueError(
+            f"text: {source.title}: {len(training)} documents to train on and {len(held_out)} held out: "
+            f"about one file in {HELD_OUT} is held out, so name more files"
+        )
+    tokenizer = _train(training, vocab)
+    file = tokenizer.to_str(pretty=True)
+    digest = _sha256([str(VERSION), file, *training, "", *held_out])
+    counts = {"training": len(training), "held-out": len(held_out)}
+    return {
+        "tokenizer.json": file.encode(),
+        "training.npy": _encode(tokenizer, training),
+        "held-out.npy": _encode(tokenizer, held_out),
+        "corpus.json": json.dumps({"digest": digest, "documents": counts, "source": source.title}).encode(),
+    }
+
+
+def _split(source: _Packages | _Folder) -> tuple[list[str], list[str]]:
+    """The documents of the training and of the held-out split; every one once, in the order of the files."""
+    splits: tuple[dict[str, None], dict[str, None]] = ({}, {})
+    collects = gc.isenabled()
+    gc.disable()  # syntax trees are large and hold no cycles: looking for some doubles the time
+    try:
+        for name, documents in source.documents():
+            held_out = int.from_bytes(hashlib.sha256(os.fsencode(name)).digest()[:8]) % HELD_OUT == 0
+            splits[held_out].update((text, None) for text in documents if len(text) >= SHORTEST and _is_unicode(text))
+    finally:
+        if collects:
+            gc.enable()
+    return list(splits[0]), [text for text in splits[1] if text not in splits[0]]
+
+
+def _is_unicode(text: str) -> bool:
+    """False for the lone surrogates that an escape in a docstring may spell: UTF-8 has no bytes for them."""
+    return text.isascii() or not any("\ud800" <= character <= "\udfff" for character in text)
+
+
+def _train(documents: list[str], vocab: int) -> "Tokenizer":
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab, special_tokens=[BOS, SEP], initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator(documents, trainer)
+    if tokenizer.get_vocab_size() < vocab:
+        raise ValueError(f"text: vocab: the text yields only {tokenizer.get_vocab_size()} tokens, {vocab} are asked for")
+    return tokenizer
+
+
+def _encode(tokenizer: "Tokenizer", documents: list[str]) -> bytes:
+    """The stream of a split as a .npy file."""
+    tokenizer.encode_special_tokens = True  # a document that spells "<bos>" means the text
+    sep = tokenizer.token_to_id(SEP)
+    pieces = [
+        np.array([*encoding.ids, sep], np.uint16)
+        for first in range(0, len(documents), 1024)
+        for encoding in tokenizer.encode_batch_fast(documents[first : first + 1024])
+    ]
+    file = io.BytesIO()
+    np.save(file, np.concatenate(pieces), allow_pickle=False)
+    return file.getvalue()
+
+
+def _sha256(texts: Iterable[str]) -> str:
+    """sha256 (hex) of a list of texts; each with its length, so that no two lists are the same bytes."""
+    digest = hashlib.sha256()
+    for text in texts:
+        content = text.encode("utf-8", "surrogateescape")
+        digest.update(len(content).to_bytes(8, "little") + content)
+    return digest.hexdigest()

@@ -1,0 +1,555 @@
+"""Quantizers against hand-computed cases, naive float64 references, and bitsandbytes."""
+
+import copy
+import logging
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.pytorch_utils import Conv1D
+
+from quantbench import catalog
+from quantbench.anatomy import anatomy
+from quantbench.ops.integers import dequantize, integer_matmul, pack_int4, quantize, scale_of, unpack_int4
+from quantbench.quantizers import Calibration, Exemption, IntegerLinear, absmax, swap
+from quantbench.quantizers.bnb import BnbInt8, BnbInt8Linear, BnbNF4, BnbNF4Linear
+from quantbench.quantizers.integer import W4A4Token, W4A16RTN, W8A8Static, W8A8StaticResidual, W8A8Tensor, W8A8Token
+from quantbench.quantizers.llm_int8 import LLMInt8, MixedLinear
+
+NF4 = [-1.0, -0.69619280, -0.52507305, -0.39491749, -0.28444138, -0.18477343, -0.09105004, 0.0]
+NF4 += [0.07958030, 0.16093020, 0.24611230, 0.33791524, 0.44070983, 0.56261700, 0.72295684, 1.0]  # arXiv:2305.14314
+
+
+def gaussian(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def linear(inputs: int = 64, outputs: int = 48, seed: int = 0, bias: bool = True) -> nn.Linear:
+    layer = nn.Linear(inputs, outputs, bias=bias)
+    layer.weight.data = gaussian(outputs, inputs, seed=seed)
+    if bias:
+        layer.bias.data = gaussian(outputs, seed=seed + 1)
+    return layer.requires_grad_(False)
+
+
+def llama(**changes: int) -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    shape = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=128, max_position_embeddings=64, **shape | changes)).eval()
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            nn.init.normal_(parameter, std=1 / math.sqrt(parameter.shape[1]))
+    return model
+
+
+IDS = torch.randint(1, 128, (4, 24), generator=torch.Generator().manual_seed(3))
+IDS[:, 0] = 0
+FIRST = torch.zeros(IDS.shape, dtype=torch.bool)
+FIRST[:, 0] = True
+
+
+def calibration(exempt: Tensor | None = None) -> Calibration:
+    halves = [None, None] if exempt is None else exempt.split(2)
+    return Calibration(list(zip(IDS.split(2), halves, strict=True)))
+
+
+def with_sink() -> LlamaForCausalLM:
+    """Its first token carries one feature of 300 through the whole residual stream."""
+    model = llama()
+    model.model.embed_tokens.weight.data *= 8
+    model.model.embed_tokens.weight.data[0, 5] = 300.0
+    return model
+
+
+@torch.no_grad()
+def logits(model: nn.Module, ids: Tensor = IDS) -> Tensor:
+    return model(ids).logits
+
+
+def error(got: Tensor, expected: Tensor) -> float:
+    return ((got - expected).norm() / expected.norm()).item()
+
+
+# --- integers -------------------------------------------------------------------------------------------------------
+
+
+def test_a_row_by_hand():
+    x = torch.tensor([-7.0, 3.6, 1.0, 0.4, 0.0])
+    scale = scale_of(x.abs().amax(), 4)
+    assert scale == 1.0
+    assert quantize(x, scale, 4).tolist() == [-7, 4, 1, 0, 0]
+    assert dequantize(quantize(x, scale, 4), scale).tolist() == [-7.0, 4.0, 1.0, 0.0, 0.0]
+
+
+def test_rounding_is_half_to_even():
+    x = torch.tensor([0.5, 1.5, 2.5, -0.5, -1.5, -2.5])
+    assert quantize(x, torch.tensor(1.0), 8).tolist() == [0, 2, 2, 0, -2, -2]
+
+
+def test_the_range_is_symmetric_and_clamped():
+    x = torch.tensor([1e9, -1e9, math.inf, -math.inf, math.nan])
+    assert quantize(x, torch.tensor(1.0), 8).tolist() == [127, -127, 127, -127, 0]
+    assert quantize(x, torch.tensor(1.0), 3).tolist() == [3, -3, 3, -3, 0]
+
+
+@pytest.mark.parametrize("value", [0.0, 1e-44])
+def test_no_range_gives_zeros(value: float):
+    scale = scale_of(torch.tensor(value), 8)
+    assert dequantize(quantize(torch.full((3,), value), scale, 8), scale).tolist() == [0.0, 0.0, 0.0]
+
+
+def test_nan_stays_in_the_scale():
+    assert scale_of(torch.tensor([1.0, math.nan]).amax(), 8).isnan()
+
+
+def test_a_constant_row_is_kept():
+    x = torch.full((1, 9), -0.3)
+    scale = scale_of(x.abs().amax(), 8)
+    torch.testing.assert_close(dequantize(quantize(x, scale, 8), scale), x, rtol=2e-7, atol=0)
+
+
+def test_bf16_is_divided_in_float32():
+    x = gaussian(1000).to(torch.bfloat16)
+    scale = scale_of(x.abs().amax(), 8)
+    assert torch.equal(quantize(x, scale, 8), quantize(x.float(), scale, 8))
+
+
+def test_nibbles_come_back():
+    q = torch.arange(-8, 8, dtype=torch.int8).repeat(3, 2)
+    packed = pack_int4(q)
+    assert packed.shape == (3, 16)
+    assert packed.dtype == torch.uint8
+    assert packed[0, 0].item() == (-8 & 15) | ((-7 & 15) << 4)
+    assert torch.equal(unpack_int4(packed), q)
+
+
+@pytest.mark.parametrize("width", [1, 64, 1024, 1025, 5000])
+def test_the_integer_product_is_exact(width: int):
+    generator = torch.Generator().manual_seed(width)
+    x = torch.randint(-128, 128, (2, 3, width), generator=generator, dtype=torch.int8)
+    w = torch.randint(-128, 128, (5, width), generator=generator, dtype=torch.int8)
+    x[0, 0], w[0], w[1] = -128, -128, 127  # the extremes of the sum
+    x[0, 1, ::2], x[0, 1, 1::2] = 127, 126  # all bits of the sum in play
+    y = integer_matmul(x, w)
+    assert y.dtype == torch.int32
+    assert torch.equal(y.long(), x.long() @ w.long().T)
+
+
+def test_the_integer_product_is_exact_under_autocast():
+    x, w = (torch.full((1, 999), 127, dtype=torch.int8) for _ in range(2))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert integer_matmul(x, w).item() == 999 * 127**2
+
+
+def test_rows_are_those_of_bitsandbytes():
+    """Its x * (127 / absmax) and our x / (absmax / 127) may differ where the quotient is within rounding of a half."""
+    from bitsandbytes.functional import int8_vectorwise_quant
+
+    x = gaussian(128, 512).half()
+    x[3] = 0.0
+    theirs, absmax_M, _ = int8_vectorwise_quant(x.clone(), threshold=0.0)
+    ours = quantize(x, scale_of(x.abs().amax(-1, keepdim=True), 8), 8)
+    exact = x.double() * 127 / absmax_M.double().clamp(min=1e-30).unsqueeze(-1)
+    clear = ((exact - exact.floor()) - 0.5).abs() > 1e-4
+    assert clear.double().mean() > 0.999
+    assert torch.equal(ours[clear], theirs[clear])
+    assert (ours.int() - theirs.int()).abs().max() <= 1
+
+
+def test_a_sink_token_costs_its_neighbours_only_under_a_shared_range():
+    """science.md's planted case: a feature of 300 in a Gaussian [256, 512]."""
+    x = gaussian(256, 512)
+    x[0, 7] = 300.0
+
+    def sqnr(absmax: Tensor) -> float:
+        scale = scale_of(absmax, 8)
+        noise = dequantize(quantize(x, scale, 8), scale) - x
+        return 10 * math.log10(x[1:].square().sum() / noise[1:].square().sum())
+
+    assert sqnr(x.abs().amax()) == pytest.approx(3.5, abs=0.2)
+    assert sqnr(x.abs().amax(-1, keepdim=True)) == pytest.approx(42.6, abs=0.3)
+    assert sqnr(x[1:].abs().amax()) > 30  # the sink exempt
+
+
+# --- IntegerLinear --------------------------------------------------------------------------------------------------
+
+
+def naive(layer: nn.Linear, x: Tensor, weights: int, group: int, activations: int, scope: str, span: float) -> Tensor:
+    """Fake quantization in float64 numpy."""
+    x_MK, w_NK = x.double().numpy(), layer.weight.double().numpy()
+
+    def fake(a: np.ndarray, largest: np.ndarray | float, bits: int) -> np.ndarray:
+        top = 2 ** (bits - 1) - 1
+        scale = np.maximum(largest, 1e-300) / top
+        return np.clip(np.rint(a / scale), -top, top) * scale
+
+    for start in range(0, w_NK.shape[1], group or w_NK.shape[1]):
+        part = slice(start, start + (group or w_NK.shape[1]))
+        w_NK[:, part] = fake(w_NK[:, part], np.abs(w_NK[:, part]).max(1, keepdims=True), weights)
+    if activations < 16:
+        ranges = {"static": span, "token": np.abs(x_MK).max(-1, keepdims=True), "tensor": np.abs(x_MK).max()}
+        x_MK = fake(x_MK, ranges[scope], activations)
+    return torch.from_numpy(x_MK @ w_NK.T + layer.bias.double().numpy())
+
+
+@pytest.mark.parametrize("scope", ["static", "token", "tensor"])
+@pytest.mark.parametrize(
+    ("weights", "group", "activations"), [(8, 0, 8), (8, 32, 6), (4, 64, 8), (4, 32, 4), (3, 0, 2), (4, 64, 16)]
+)
+def test_integer_linear_equals_a_naive_reference(weights: int, group: int, activations: int, scope: str):
+    layer, x = linear(128, 48), gaussian(2, 7, 128, seed=9)
+    x[1, 2] = 0.0
+    span = torch.tensor(2.5) if scope == "static" and activations < 16 else None
+    low = IntegerLinear(layer, Exemption(), weights, group, activations, scope, span)
+    expected = naive(layer, x, weights, group, activations, scope, 2.5)
+    assert error(low(x).double(), expected) < 1e-6
+
+
+def test_bits_as_stored():
+    plain, grouped = linear(128, 48), linear(128, 48)
+    assert IntegerLinear(plain, Exemption(), 8).stored_bits() == 48 * 128 * 8 + 48 * 32
+    assert IntegerLinear(grouped, Exemption(), 4, 64).stored_bits() == 48 * 128 * 4 + 48 * 2 * 32
+
+
+@pytest.mark.parametrize("weights", [4, 8])
+def test_the_state_holds_no_float_weights(weights: int):
+    state = IntegerLinear(linear(128, 48), Exemption(), weights, 64, 8, "token").state_dict()
+    assert state["weight"].dtype == (torch.uint8 if weights == 4 else torch.int8)
+    assert {name: tuple(t.shape) for name, t in state.items() if t.is_floating_point()} == {
+        "bias": (48,),
+        "scale_NG": (48, 2),
+    }
+
+
+def test_a_dead_channel_is_its_bias():
+    layer = linear()
+    layer.weight.data[3] = 0.0
+    y = IntegerLinear(layer, Exemption(), 4, 32, 4, "token")(gaussian(2, 5, 64))
+    assert torch.equal(y[..., 3], layer.bias[3].expand(2, 5))
+
+
+def test_a_tokens_result_does_not_depend_on_the_batch():
+    low, x = IntegerLinear(linear(), Exemption(), 8, 0, 8, "token"), gaussian(8, 5, 64)
+    alone = torch.cat([low(sequence[None]) for sequence in x])
+    x[0, 0, 0] = 1e4
+    assert torch.equal(low(x)[1:], alone[1:])
+    assert torch.equal(low(x)[0, 1:], alone[0, 1:])
+
+
+@pytest.mark.parametrize("scope", ["static", "token", "tensor"])
+def test_exempt_positions_meet_the_low_bit_weights_in_full_precision(scope: str):
+    exemption, layer, x = Exemption(), linear(), gaussian(3, 5, 64)
+    x[:, 0, 7] = 300.0
+    span = torch.tensor(4.0) if scope == "static" else None
+    low = IntegerLinear(layer, exemption, 8, 0, 8, scope, span)
+    mask = torch.zeros(3, 5, dtype=torch.bool)
+    mask[:, 0] = True
+    with exemption.of(mask):
+        y = low(x)
+    torch.testing.assert_close(y[:, 0], F.linear(x[:, 0], low.dequantized_NK(), layer.bias))
+    assert torch.equal(y[:, 1:], low(x[:, 1:]))  # as if the exempt were not there
+    assert exemption.mask_BT is None
+
+
+def test_a_mask_of_other_positions_is_refused():
+    exemption = Exemption()
+    low = IntegerLinear(linear(), exemption, 8, 0, 8, "token")
+    with exemption.of(torch.zeros(3, 5, dtype=torch.bool)):
+        for x in (gaussian(15, 64), gaussian(3, 6, 64)):
+            with pytest.raises(AssertionError, match="marked exempt"):
+                low(x)
+
+
+# --- whole models ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", catalog.names("quantizers"))
+def test_every_entry_quantizes_a_model(name: str):
+    model = llama()
+    full, before = logits(model), copy.deepcopy(model.state_dict())
+    quantizer = catalog.load("quantizers", name)()
+    quantizer.check([linear.in_features for _, linear in anatomy(model).linears().values()])
+    report = quantizer.quantize(model, calibration())
+    got = logits(model)
+    assert 0 < error(got, full) < (0.5 if name.startswith(("w4", "bnb-nf4")) else 0.1)
+    assert got.dtype == torch.float32
+    assert report["share-of-weights"] == 1.0
+    assert 4 < report["bits-per-weight"] < 9
+    assert all(type(value) is float for value in report.values())
+    assert not anatomy(model).linears()
+    assert not model.training
+    for kept in ("model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"):
+        assert torch.equal(model.state_dict()[kept], before[kept])
+    assert torch.equal(logits(model), got)  # nothing adapts as it runs
+    assert quantizer.title
+
+
+def test_more_bits_hurt_less():
+    full, damage = logits(llama()), []
+    for quantizer in (W4A4Token(), W4A16RTN(), W8A8Token(), W8A8Token(activations=6)):
+        model = llama()
+        quantizer.quantize(model, calibration())
+        damage.append(error(logits(model), full))
+    w4a4, w4a16, w8a8, w8a6 = damage
+    assert w4a4 > w4a16 > w8a6 > w8a8
+
+
+def test_ranges_by_hand_and_exempt_positions_do_not_count():
+    model = with_sink()
+    seen: list[Tensor] = []
+    first_block = anatomy(model).blocks[0]
+    hook = first_block.register_forward_hook(lambda module, args, output: seen.append(output.detach()))
+    logits(model)
+    hook.remove()
+    assert absmax(model, calibration(), residual=True)["0"] == seen[0].abs().max()
+    ranges = absmax(model, calibration(FIRST), residual=True)
+    assert ranges["0"] == seen[0][:, 1:].abs().max()
+    assert ranges["0"] < 100 < seen[0].abs().max()
+    assert set(ranges) == {"0", "1", *anatomy(model).linears()}
+    assert not first_block._forward_hooks
+
+
+def test_a_model_that_overflows_is_refused():
+    model = llama()
+    model.model.embed_tokens.weight.data[0] = math.inf
+    with pytest.raises(ValueError, match=r"site 0\.self_attn\.q_proj"):
+        W8A8Static().quantize(model, calibration())
+
+
+def test_exempting_the_sink_undoes_the_damage_and_exempting_another_does_not():
+    full = logits(with_sink())[:, 1:]
+
+    def damage(mask: Tensor | None) -> float:
+        model, data = with_sink(), calibration(mask)
+        W8A8StaticResidual().quantize(model, data)
+        with data.exemption.of(mask):
+            return error(logits(model)[:, 1:], full)
+
+    plain, without_sink, without_other = damage(None), damage(FIRST), damage(FIRST.roll(9, 1))
+    assert without_sink < plain / 4
+    assert without_other > plain / 2
+
+
+def test_the_residual_is_rounded_but_for_exempt_positions():
+    model, data = with_sink(), calibration()
+    W8A8StaticResidual().quantize(model, data)
+    seen: list[Tensor] = []
+    model.model.layers[0].register_forward_hook(lambda module, args, output: seen.append(output))
+    logits(model)
+    with data.exemption.of(FIRST):
+        logits(model)
+    rounded, exempt = seen
+    assert len(rounded.unique()) <= 255
+    assert len(exempt[:, 1:].unique()) <= 255
+    assert len(exempt[:, 0].unique()) > 50  # of the 64 values of the one token id there
+
+
+class Pair(nn.Module):
+    def forward(self, x: Tensor) -> tuple[Tensor, str]:
+        return x, "weights"
+
+
+def test_a_block_may_return_a_tuple():
+    from quantbench.quantizers import quantize_residual
+
+    block = Pair()
+    quantize_residual(block, torch.tensor(7.0), 4, Exemption())
+    hidden, other = block(torch.tensor([[[6.6, 0.4, 9.0]]]))
+    assert hidden.tolist() == [[[7.0, 0.0, 7.0]]]
+    assert other == "weights"
+
+
+def test_a_batch_range_is_the_batchs():
+    model = llama()
+    W8A8Tensor().quantize(model, Calibration([]))
+    assert not torch.allclose(logits(model)[:1], logits(model, IDS[:1]), atol=1e-6)
+
+
+def test_weights_outside_linears_are_refused():
+    model = llama()
+    model.model.layers[0].mlp.up_proj = Conv1D(128, 64)
+    with pytest.raises(ValueError, match=r"only 90% .* Conv1D"):
+        W8A8Token().quantize(model, calibration())
+
+
+def test_a_quantized_model_is_not_quantized_again():
+    model = llama()
+    W8A8Token().quantize(model, calibration())
+    with pytest.raises(ValueError, match="only 0%"):
+        W8A8Token().quantize(model, calibration())
+
+
+@pytest.mark.parametrize(
+    ("quantizer", "widths", "says"),
+    [
+        (W4A16RTN(), [64, 100], "group: 64 .* 100"),
+        (W4A4Token(group=0), [64, 33], "33 is odd"),
+        (BnbNF4(), [64, 96], "64 .* 96"),
+        (W8A8Token(weights=9), [], "weights: 9"),
+        (W8A8Token(activations=16), [], "activations: 16"),
+        (W4A16RTN(activations=8), [], "activations: 8"),
+        (W4A16RTN(residual=True), [], "residual"),
+        (LLMInt8(threshold=0.0), [], "threshold"),
+        (LLMInt8(share=2.0), [], "share: 2"),
+        (BnbInt8(threshold=math.nan), [], "threshold"),
+    ],
+)
+def test_what_cannot_be_done_is_named(quantizer, widths: list[int], says: str):
+    with pytest.raises(ValueError, match=says):
+        quantizer.check(widths)
+
+
+# --- LLM.int8() -----------------------------------------------------------------------------------------------------
+
+
+def test_outlier_columns_are_those_that_enough_tokens_reach():
+    model = llama()
+    for block in model.model.layers:
+        block.input_layernorm.weight.data[5] = 100.0  # nearly every token
+    kept = LLMInt8().quantize(model, calibration())["columns-kept"]
+    first = model.model.layers[0].self_attn.q_proj
+    assert first.columns_J.tolist() == [5]
+    assert kept == 6 / (2 * (6 * 64 + 128))  # of q, k and v in both layers
+    assert error(logits(model), logits(_boosted())) < 0.02
+
+
+def _boosted() -> LlamaForCausalLM:
+    model = llama()
+    for block in model.model.layers:
+        block.input_layernorm.weight.data[5] = 100.0
+    return model
+
+
+def test_one_token_is_no_outlier_feature_unless_share_is_zero():
+    model, sink = with_sink(), with_sink()
+    assert LLMInt8(share=0.06).quantize(model, calibration())["columns-kept"] == 0
+    assert LLMInt8(share=0.0).quantize(sink, calibration())["columns-kept"] > 0  # 7.9 after the norm: column 5
+    assert sink.model.layers[0].self_attn.q_proj.columns_J.tolist() == [5]
+
+
+def test_kept_columns_are_exact_and_the_rest_is_per_token():
+    layer, x = linear(), gaussian(2, 5, 64)
+    x[..., 9] *= 50
+    outlier = torch.zeros(64, dtype=torch.bool)
+    outlier[9] = True
+    mixed = MixedLinear(layer, Exemption(), outlier)
+    rest = linear()
+    rest.weight.data[:, 9] = 0.0
+    x_rest = x.clone()
+    x_rest[..., 9] = 0.0
+    expected = naive(rest, x_rest, 8, 0, 8, "token", 0.0) + (x[..., 9:10] @ layer.weight[:, 9:10].T).double()
+    assert error(mixed(x).double(), expected) < 1e-6
+    assert torch.equal(mixed.dequantized_NK()[:, 9], layer.weight[:, 9])
+    assert error(mixed(x), layer(x)) < error(IntegerLinear(layer, Exemption(), 8, 0, 8, "token")(x), layer(x)) / 2
+
+
+def test_its_integers_do_not_depend_on_the_batch():
+    outlier = torch.zeros(64, dtype=torch.bool)
+    outlier[9] = True
+    mixed, x = MixedLinear(linear(bias=False), Exemption(), outlier), gaussian(4, 5, 64)
+    alone = torch.cat([mixed.rest(sequence[None]) for sequence in x])
+    x[0, 0] *= 100  # outliers in every column of one token
+    assert torch.equal(mixed.rest(x)[1:], alone[1:])
+    torch.testing.assert_close(mixed(x)[1:], torch.cat([mixed(s[None]) for s in x])[1:], rtol=1e-6, atol=1e-5)
+
+
+# --- bitsandbytes ---------------------------------------------------------------------------------------------------
+
+
+def nf4(weight: Tensor) -> Tensor:
+    blocks = weight.reshape(-1, 64)
+    scale = blocks.abs().amax(1, keepdim=True)
+    levels = torch.tensor(NF4)
+    return (levels[(blocks / scale).unsqueeze(-1).sub(levels).abs().argmin(-1)] * scale).reshape(weight.shape)
+
+
+def test_nf4_is_nearest_of_16_levels_with_the_known_error():
+    layer = linear(256, 128)
+    low = BnbNF4Linear(layer, Exemption())
+    assert error(low.dequantized_NK(), layer.weight) == pytest.approx(0.092, abs=0.003)
+    torch.testing.assert_close(low.dequantized_NK(), nf4(layer.weight), rtol=0, atol=1e-6)
+    assert low.stored_bits() / layer.weight.numel() == 4.5
+
+
+@pytest.mark.parametrize("outputs", [8, 33, 64])
+def test_nf4_computes_in_float32_and_leaves_its_weights_alone(outputs: int):
+    """The in-place repacking for AVX512-BF16, which needs outputs in multiples of 32, is off."""
+    layer, x = linear(64, outputs), gaussian(2, 5, 64)
+    low = BnbNF4Linear(layer, Exemption())
+    before = low.inner.weight.data.clone()
+    assert error(low(x), F.linear(x, low.dequantized_NK(), layer.bias)) < 1e-6
+    assert torch.equal(low.inner.weight.data, before)
+    assert not low.inner.support_avx512bf16_for_cpu
+
+
+def test_nf4_names_the_layer_it_cannot_take():
+    with pytest.raises(ValueError, match=r"0\.mlp\.down_proj: .*96"):
+        BnbNF4().quantize(llama(intermediate_size=96), calibration())
+
+
+def test_bnb_int8_is_close_to_ours_without_outliers():
+    """The same scheme but for its pass through fp16."""
+    layer, x = linear(256, 64), gaussian(4, 16, 256)
+    theirs = BnbInt8Linear(layer, Exemption(), 0.0)
+    ours = IntegerLinear(layer, Exemption(), 8, 0, 8, "token")
+    assert error(theirs(x), ours(x)) < error(ours(x), layer(x)) / 5
+    assert error(theirs.dequantized_NK(), ours.dequantized_NK()) < 1e-3
+
+
+def test_bnb_int8_quantizes_inputs_in_train_mode_too_and_keeps_quiet(caplog: pytest.LogCaptureFixture):
+    model = llama()
+    BnbInt8().quantize(model, calibration())
+    with caplog.at_level(logging.DEBUG):
+        before = logits(model)
+        assert torch.equal(logits(model.train()), before)
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
+
+
+def test_bnb_int8_takes_any_leading_axes():
+    low, x = BnbInt8Linear(linear(), Exemption(), 6.0), gaussian(2, 3, 5, 64)
+    assert torch.equal(low(x), low(x.flatten(0, 2)).view(2, 3, 5, 48))
+
+
+def test_bnb_int8_depends_on_the_batch_unless_the_sink_is_exempt():
+    exemption, x = Exemption(), gaussian(2, 9, 64)
+    low = BnbInt8Linear(linear(), exemption, 6.0)
+    calm = low(x)
+    x[:, 0] *= 100
+    mask = torch.zeros(2, 9, dtype=torch.bool)
+    mask[:, 0] = True
+    assert not torch.equal(low(x)[:, 1:], calm[:, 1:])
+    with exemption.of(mask):
+        y = low(x)
+    assert torch.equal(y[:, 1:], calm[:, 1:])
+    torch.testing.assert_close(y[:, 0], F.linear(x[:, 0], low.dequantized_NK(), low.bias))
+
+
+def test_activations_beyond_fp16_are_reported():
+    def loud() -> LlamaForCausalLM:
+        model = llama()
+        model.model.layers[0].input_layernorm.weight.data[:] = 1e6
+        return model
+
+    assert BnbInt8().quantize(llama(), calibration())["above-fp16"] == 0.0
+    model, safe = loud(), loud()
+    assert BnbInt8(threshold=0.0).quantize(model, calibration())["above-fp16"] == pytest.approx(3 / 14, abs=0.1)
+    assert not logits(model).isfinite().all()
+    BnbInt8(threshold=6.0).quantize(safe, calibration())
+    assert logits(safe).isfinite().all()
+
+
+def test_swap_reaches_every_linear_by_its_name():
+    model, seen = llama(), []
+
+    def make(name: str, layer: nn.Linear) -> IntegerLinear:
+        seen.append((name, layer.weight.shape))
+        return IntegerLinear(layer, Exemption())
+
+    expected = [(name, layer.weight.shape) for name, (_, layer) in anatomy(model).linears().items()]
+    swap(model, make)
+    assert seen == expected
+    assert isinstance(model.model.layers[1].mlp.down_proj, IntegerLinear)
