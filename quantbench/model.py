@@ -140,7 +140,9 @@ class QuantbenchModel(PreTrainedModel, GenerationMixin):
         super().__init__(config)
         mitigation = config.mitigation()
         self.embed = nn.Embedding(config.vocab_size, config.width)
-        self.places = nn.Embedding(config.max_position_embeddings, config.width) if config.positions == "learned" else None
+        self.places = (
+            nn.Embedding(config.max_position_embeddings, config.width) if config.positions == "learned" else None
+        )
         self.projection = mitigation.embedding(config)
         self.front = mitigation.inputs(config)
         self.embedded = Site()

@@ -247,7 +247,9 @@ def _compose(text: str, name: str) -> yaml.Node:
         return root
     except yaml.MarkedYAMLError as error:
         message = ", ".join(" ".join(part.split()) for part in (error.context, error.problem) if part)
-        _fail(error.problem_mark or error.context_mark or _mark(name), message[:200])
+        # A line that lacks its colon is noticed on the next one.
+        early = error.context_mark if error.context == "while scanning a simple key" else None
+        _fail(early or error.problem_mark or error.context_mark or _mark(name), message[:200])
     except (ValueError, OverflowError) as error:
         if isinstance(error, StrictError):
             raise
@@ -336,15 +338,21 @@ class _Builder:
             value = self.sequence(node, kind, where)
         elif origin is dict:
             pairs = self.pairs(node, where)
-            value = {self.scalar(k, args[0], where): self.value(v, args[1], f"{where}.{k.value}") for k, v in pairs}
+            value = {self.key(k, args[0], where): self.value(v, args[1], f"{where}.{k.value}") for k, v in pairs}
         else:
-            value = self.scalar(node, kind, where)
+            value = self.scalar(node, kind, where, due)
         for marker in markers:
             if isinstance(marker, Range) and value is not None and not marker.lo <= value <= marker.hi:
                 _fail(node.start_mark, f"{quote(where)} must be {describe(due)}, not {_form(node)}")
         return value
 
-    def scalar(self, node: yaml.Node, kind: Any, where: str) -> Any:
+    def key(self, node: yaml.ScalarNode, kind: Any, where: str) -> Any:
+        """A key of a dict; JSON quotes every key, so a number may be."""
+        bare = yaml.ScalarNode("", node.value, node.start_mark, node.end_mark)
+        return self.scalar(node if kind is str else bare, kind, where, kind)
+
+    def scalar(self, node: yaml.Node, kind: Any, where: str, due: Any) -> Any:
+        """`due` is what an error asks for: the kind with its range."""
         if isinstance(node, yaml.ScalarNode):
             text, plain = node.value, node.style is None
             if kind is str and not (plain and text in ("", *_NULL)):
@@ -369,8 +377,8 @@ class _Builder:
         hint = "; quote it" if kind is str and _is_null(node) else ""
         if get_origin(kind) is Literal and isinstance(node, yaml.ScalarNode) and node.value:
             near = nearest(node.value, [str(choice) for choice in get_args(kind)])
-            hint = near if "did you mean" in near else ""
-        _fail(node.start_mark, f"{quote(where)} must be {describe(kind)}, not {_form(node)}{hint}")
+            hint = near if "did you mean" in near and near.find(repr(node.value)) < 0 else ""
+        _fail(node.start_mark, f"{quote(where)} must be {describe(due)}, not {_form(node)}{hint}")
 
     def sequence(self, node: yaml.Node, kind: Any, where: str) -> Any:
         args = get_args(kind)
@@ -450,7 +458,7 @@ class _Builder:
 
     def entry_of(self, node: yaml.Node, marker: Entries, where: str) -> str:
         """A scalar that names an entry."""
-        name = self.scalar(node, str, where)
+        name = self.scalar(node, str, where, str)
         known = marker.catalog.names(marker.axis)
         if name not in known:
             _fail(node.start_mark, f"{marker.axis} has no {quote(name)}{nearest(name, known)}")

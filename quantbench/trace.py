@@ -57,9 +57,7 @@ def observe(
             model(ids_BT)
 
 
-def signatures(
-    model: nn.Module, batches: Iterable[Tensor], parts: Anatomy | None = None
-) -> dict[str, float | None]:
+def signatures(model: nn.Module, batches: Iterable[Tensor], parts: Anatomy | None = None) -> dict[str, float | None]:
     """The three signatures of extreme tokens; None where the model shows nothing of its attention."""
     parts = anatomy(model) if parts is None else parts
     names = ["residual-peak", "bos-attention", "value-drain"]
@@ -196,7 +194,10 @@ def peak_norms(model: nn.Module, ids_BT: Tensor, parts: Anatomy | None = None) -
 
 @dataclass(frozen=True)
 class ExtremeRule:
-    """Which tokens are extreme: the norm after block `layer` exceeds `threshold`. Position 0 always is."""
+    """Which tokens are extreme: the norm after block `layer` exceeds `threshold`. Position 0 always is.
+
+    Masks are those of the residual stream: learned tokens in front of a sequence are positions too.
+    """
 
     layer: int
     threshold: float

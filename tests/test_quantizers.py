@@ -15,9 +15,9 @@ from transformers.pytorch_utils import Conv1D
 from quantbench import catalog
 from quantbench.anatomy import anatomy
 from quantbench.ops.integers import dequantize, integer_matmul, pack_int4, quantize, scale_of, unpack_int4
-from quantbench.quantizers import Calibration, Exemption, IntegerLinear, absmax, swap
+from quantbench.quantizers import Calibration, Exemption, IntegerLinear, LowBitLinear, absmax, swap
 from quantbench.quantizers.bnb import BnbInt8, BnbInt8Linear, BnbNF4, BnbNF4Linear
-from quantbench.quantizers.integer import W4A4Token, W4A16RTN, W8A8Static, W8A8StaticResidual, W8A8Tensor, W8A8Token
+from quantbench.quantizers.integer import W4A16RTN, W4A4Token, W8A8Static, W8A8StaticResidual, W8A8Tensor, W8A8Token
 from quantbench.quantizers.llm_int8 import LLMInt8, MixedLinear
 
 NF4 = [-1.0, -0.69619280, -0.52507305, -0.39491749, -0.28444138, -0.18477343, -0.09105004, 0.0]
@@ -99,7 +99,8 @@ def test_the_range_is_symmetric_and_clamped():
 @pytest.mark.parametrize("value", [0.0, 1e-44])
 def test_no_range_gives_zeros(value: float):
     scale = scale_of(torch.tensor(value), 8)
-    assert dequantize(quantize(torch.full((3,), value), scale, 8), scale).tolist() == [0.0, 0.0, 0.0]
+    assert scale == 1.0
+    assert quantize(torch.full((3,), value), scale, 8).tolist() == [0, 0, 0]
 
 
 def test_nan_stays_in_the_scale():
@@ -272,15 +273,16 @@ def test_every_entry_quantizes_a_model(name: str):
     model = llama()
     full, before = logits(model), copy.deepcopy(model.state_dict())
     quantizer = catalog.load("quantizers", name)()
-    quantizer.check([linear.in_features for _, linear in anatomy(model).linears().values()])
+    paths = list(anatomy(model).linears())
+    quantizer.check([64, 128])
     report = quantizer.quantize(model, calibration())
     got = logits(model)
-    assert 0 < error(got, full) < (0.5 if name.startswith(("w4", "bnb-nf4")) else 0.1)
+    assert 0 < error(got, full) < (0.6 if name.startswith(("w4", "bnb-nf4")) else 0.06)
     assert got.dtype == torch.float32
     assert report["share-of-weights"] == 1.0
     assert 4 < report["bits-per-weight"] < 9
     assert all(type(value) is float for value in report.values())
-    assert not anatomy(model).linears()
+    assert all(isinstance(model.get_submodule(f"model.layers.{path}"), LowBitLinear) for path in paths)
     assert not model.training
     for kept in ("model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"):
         assert torch.equal(model.state_dict()[kept], before[kept])
@@ -330,7 +332,7 @@ def test_exempting_the_sink_undoes_the_damage_and_exempting_another_does_not():
             return error(logits(model)[:, 1:], full)
 
     plain, without_sink, without_other = damage(None), damage(FIRST), damage(FIRST.roll(9, 1))
-    assert without_sink < plain / 4
+    assert without_sink < plain / 10
     assert without_other > plain / 2
 
 
@@ -379,8 +381,9 @@ def test_weights_outside_linears_are_refused():
 def test_a_quantized_model_is_not_quantized_again():
     model = llama()
     W8A8Token().quantize(model, calibration())
-    with pytest.raises(ValueError, match="only 0%"):
-        W8A8Token().quantize(model, calibration())
+    for again in (W8A8Token(), BnbInt8()):
+        with pytest.raises(AssertionError, match="quantized already"):
+            again.quantize(model, calibration())
 
 
 @pytest.mark.parametrize(
@@ -410,18 +413,13 @@ def test_outlier_columns_are_those_that_enough_tokens_reach():
     model = llama()
     for block in model.model.layers:
         block.input_layernorm.weight.data[5] = 100.0  # nearly every token
-    kept = LLMInt8().quantize(model, calibration())["columns-kept"]
-    first = model.model.layers[0].self_attn.q_proj
-    assert first.columns_J.tolist() == [5]
-    assert kept == 6 / (2 * (6 * 64 + 128))  # of q, k and v in both layers
-    assert error(logits(model), logits(_boosted())) < 0.02
-
-
-def _boosted() -> LlamaForCausalLM:
-    model = llama()
+    report = LLMInt8().quantize(model, calibration())
+    mixed = [module for module in model.modules() if isinstance(module, MixedLinear)]
     for block in model.model.layers:
-        block.input_layernorm.weight.data[5] = 100.0
-    return model
+        assert block.self_attn.q_proj.columns_J.tolist() == block.self_attn.v_proj.columns_J.tolist() == [5]
+        assert not len(block.mlp.up_proj.columns_J)
+    kept = sum(len(module.columns_J) for module in mixed) / sum(module.in_features for module in mixed)
+    assert report["columns-kept"] == pytest.approx(kept)
 
 
 def test_one_token_is_no_outlier_feature_unless_share_is_zero():
@@ -496,8 +494,10 @@ def test_bnb_int8_is_close_to_ours_without_outliers():
     layer, x = linear(256, 64), gaussian(4, 16, 256)
     theirs = BnbInt8Linear(layer, Exemption(), 0.0)
     ours = IntegerLinear(layer, Exemption(), 8, 0, 8, "token")
-    assert error(theirs(x), ours(x)) < error(ours(x), layer(x)) / 5
-    assert error(theirs.dequantized_NK(), ours.dequantized_NK()) < 1e-3
+    assert error(theirs(x), ours(x)) < error(ours(x), layer(x)) / 2
+    assert error(theirs.dequantized_NK(), layer.weight) == pytest.approx(
+        error(ours.dequantized_NK(), layer.weight), 0.1
+    )
 
 
 def test_bnb_int8_quantizes_inputs_in_train_mode_too_and_keeps_quiet(caplog: pytest.LogCaptureFixture):

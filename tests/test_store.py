@@ -126,7 +126,7 @@ def repr_of(value: object) -> str:
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), {1: "a"}, {"a": b"bytes"}, {"a": {2}}])
 def test_what_json_cannot_hold_exactly_is_refused(tmp_path: Path, value: object) -> None:
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match="JSON|must be text"):
         Store(tmp_path).load("pretrain", {"value": value})
 
 

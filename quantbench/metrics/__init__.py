@@ -29,6 +29,7 @@ class Metric:
     """The contract. An instance measures one model once."""
 
     title: str  # one line for a table's legend: what it is, with the author whose definition it is
+    version: int = 1  # bumped by hand when its numbers change: it is part of the cells' keys
 
     def tokens(self, ids_BT: Tensor) -> None:
         """The ids of the batch that comes next: for a metric that treats some tokens apart."""

@@ -28,7 +28,9 @@ class ActMax(Metric):
     def result(self) -> Reading:
         per_layer = {layer: float(found) for layer, found in sorted(self.maxima.items())}
         head = None if self.head is None else float(self.head)
-        everywhere: dict[int | None, float] = {**per_layer} if head is None else {**per_layer, None: head}
+        everywhere: dict[int | None, float] = dict(per_layer.items())
+        if head is not None:
+            everywhere[None] = head
         value, layer = None, None
         if everywhere and all(finite(number) is not None for number in everywhere.values()):
             layer = max(everywhere, key=lambda at: everywhere[at])

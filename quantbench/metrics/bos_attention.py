@@ -36,6 +36,7 @@ class BosAttention(Metric):
         terms_NH = mass_BHT.transpose(1, 2).flatten(0, 1)
         counted_NH = None
         if self.counted_BT is not None:
+            assert self.counted_BT.shape[1] == mass_BHT.shape[2] + 1, "triggers: no learned tokens in front"
             counted_NH = self.counted_BT[:, 1:].flatten()[:, None].expand_as(terms_NH)
         means.add(layer, terms_NH, counted_NH)
 

@@ -40,18 +40,20 @@ class DeltaLogit(Metric):
 
 
 def _deltas(scores_BHTT: Tensor) -> tuple[Tensor, Tensor]:
-    """The delta logit of every key, [B, H, T], and for which keys there is a query with another key to compare."""
+    """The delta logit of every key k, [B, H, K], and whether some query sees k and a rival of it, [K].
+
+    Rivals of k at query i are the keys 1..i-1 without k. With n their number and R_i the sum of the logits of
+    1..i-1, query i gives s_ik - (R_i - [k >= 1] s_ik) / n = s_ik (1 + [k >= 1] / n) - R_i / n.
+    """
     length = scores_BHTT.shape[-2]
-    past_TT = torch.ones(length, length, dtype=torch.bool, device=scores_BHTT.device).tril(-1)
-    # What lies on or above the diagonal means nothing and may be -inf: replaced, not multiplied by zero.
-    scores_BHTT = scores_BHTT[..., :length].double()
-    past_BHTT = scores_BHTT.where(past_TT, torch.zeros_like(scores_BHTT))
-    rival_TT = past_TT.clone()
-    rival_TT[:, 0] = False  # BOS is nobody's rival
-    others_TT = rival_TT.sum(-1, keepdim=True) - rival_TT.long()  # how many rivals key k has at query i
-    rivals_BHTT = (past_BHTT * rival_TT).sum(-1, keepdim=True) - past_BHTT * rival_TT
-    usable_TT = past_TT & (others_TT > 0)
-    delta_BHTT = past_BHTT - rivals_BHTT / others_TT.clamp_min(1)
+    places_T = torch.arange(length, device=scores_BHTT.device)
+    query_T1, key_T = places_T[:, None], places_T
+    rivals_TT = query_T1 - 1 - (key_T >= 1).long()
+    usable_TT = (key_T < query_T1) & (rivals_TT > 0)
+    inverse_TT = usable_TT / rivals_TT.clamp_min(1).double()
+
+    past_BHTT = scores_BHTT[..., :length].tril(-1).double()  # tril writes zeros, also over -inf
+    totals_BHT = past_BHTT[..., 1:].sum(-1)
+    own_BHK = (past_BHTT * (usable_TT + inverse_TT * (key_T >= 1))).sum(-2)
     queries_K = usable_TT.sum(0)
-    deltas_BHK = delta_BHTT.where(usable_TT, torch.zeros_like(delta_BHTT)).sum(-2) / queries_K.clamp_min(1)
-    return deltas_BHK, queries_K > 0
+    return (own_BHK - totals_BHT @ inverse_TT) / queries_K.clamp_min(1), queries_K > 0

@@ -17,7 +17,7 @@ class MassiveCount(Metric):
         self.counts = LayerMean()
 
     def residual(self, layer: int, hidden_BTD: Tensor) -> None:
-        size_BN = hidden_BTD.flatten(1).abs().double()
+        size_BN = hidden_BTD.flatten(1).abs().float()
         massive_BN = (size_BN > MAGNITUDE) & (size_BN > TIMES_MEDIAN * median(size_BN)[:, None])
         # A comparison with NaN is False: without this line a model that overflowed would count nothing.
         counts_B = massive_BN.sum(-1).double() + 0 * size_BN.sum(-1)

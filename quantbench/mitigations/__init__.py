@@ -27,7 +27,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -85,7 +85,9 @@ class Output(nn.Module):
 
 @dataclass(frozen=True)
 class Mitigation:
-    """The contract of an entry. `version` is bumped by hand when its numbers change: it is part of cells' keys."""
+    """The contract of an entry."""
+
+    version: ClassVar[int] = 1  # bumped by hand when its numbers change: it is part of the cells' keys
 
     def inputs(self, config: QuantbenchConfig) -> nn.Module | None:
         """A module whose forward(batch size) gives learned tokens in front of the sequence, [B, R, D]; or None."""

@@ -244,11 +244,12 @@ def swap(model: nn.Module, make: Callable[[str, nn.Linear], LowBitLinear]) -> di
     Returns `share-of-weights`, of the blocks' matrix-product weights those that sit in a Linear, and
     `bits-per-weight` of these as stored. ValueError where the share is below 95%: the figure would be another model's.
     """
+    assert not any(isinstance(module, LowBitLinear) for module in model.modules()), "the model is quantized already"
     parts = anatomy(model)
     linears = parts.linears()
     inside = sum(linear.weight.numel() for _, linear in linears.values())
-    outside = [module for block in parts.blocks for module in block.modules() if _multiplies_unseen(module)]
-    share = inside / max(1, inside + sum(module.weight.numel() for module in outside))
+    outside = [module for block in parts.blocks for module in block.modules() if _unseen_weights(module)]
+    share = inside / max(1, inside + sum(map(_unseen_weights, outside)))
     if share < 0.95:
         kinds = ", ".join(sorted({type(module).__name__ for module in outside})) or "no module known to quantbench"
         raise ValueError(
@@ -264,10 +265,12 @@ def swap(model: nn.Module, make: Callable[[str, nn.Linear], LowBitLinear]) -> di
     return {"share-of-weights": share, "bits-per-weight": bits / inside}
 
 
-def _multiplies_unseen(module: nn.Module) -> bool:
-    """Whether it multiplies by a matrix that is no Linear's (GPT-2's Conv1D does)."""
+def _unseen_weights(module: nn.Module) -> int:
+    """How many weights it multiplies by that are no Linear's (GPT-2's Conv1D does)."""
     weight = getattr(module, "weight", None)
-    return isinstance(weight, Tensor) and weight.dim() > 1 and not isinstance(module, nn.Linear | nn.Embedding)
+    if not isinstance(weight, Tensor) or weight.dim() < 2 or isinstance(module, nn.Linear | nn.Embedding):
+        return 0
+    return weight.numel()
 
 
 def quantize_residual(block: nn.Module, largest: Tensor, bits: int, exemption: Exemption) -> None:

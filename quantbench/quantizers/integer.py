@@ -55,7 +55,7 @@ class Integer(Quantizer):
         if self.quantizes_activations != (self.activations < FULL):
             raise ValueError(f"activations: {self.activations} bits contradict the name; choose another quantizer")
         for width in widths:
-            if self.group < 0 or self.group and width % self.group:
+            if self.group < 0 or (self.group and width % self.group):
                 raise ValueError(f"group: {self.group} does not divide a Linear's input width {width}")
             if self.weights <= 4 and width % 2:
                 raise ValueError(f"weights: {self.weights} bits are packed two a byte; the input width {width} is odd")

@@ -84,7 +84,10 @@ class Corpus(Data):
         """Windows of the training split at random places."""
         places = len(self._training) - length + 1
         if places < 1:
-            raise ValueError(f"text: the training split has {len(self._training):,} tokens, a sequence {length:,}")
+            raise ValueError(
+                f"text: the training split has {len(self._training):,} tokens, a sequence {length:,}: "
+                "take shorter sequences, or name more text"
+            )
         starts = random_bits(seed, np.arange(first, first + count)) % np.uint64(places)
         return self._windows(self._training, starts.astype(np.int64), length)
 
@@ -265,7 +268,7 @@ def _train(documents: list[str], vocab: int) -> "Tokenizer":
     )
     tokenizer.train_from_iterator(documents, trainer)
     if tokenizer.get_vocab_size() < vocab:
-        raise ValueError(f"text: vocab: the text yields only {tokenizer.get_vocab_size()} tokens, {vocab} are asked for")
+        raise ValueError(f"text: vocab {vocab}: the text yields {tokenizer.get_vocab_size()} tokens: ask for no more")
     return tokenizer
 
 

@@ -1,0 +1,297 @@
+"""recipe x track x seed -> Record: the whole experiment on one screen.
+
+Three stages, each a cell of the store, whose key holds everything it depends on:
+
+    pretrain   a checkpoint                                        (recipe, track, seed, data, environment class)
+    measure    full-precision quality, metrics, lm-eval            (the checkpoint, evaluation settings)
+    quantize   one quantizer's damage, KL, exemption, SQNR, ...    (the checkpoint, the quantizer, evaluation settings)
+
+What is post-hoc (the seam `prepare`) is left out of the pretrain key, so that checkpoints are shared.
+"""
+
+import json
+import os
+import platform
+import subprocess
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from functools import cache, cached_property
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from quantbench import catalog
+from quantbench.recipe import Recipe, Track
+from quantbench.results import SCHEMA, Record
+from quantbench.store import Cell, Store, digest
+from quantbench.strict import dump
+
+if TYPE_CHECKING:
+    from quantbench.evaluate import Reference
+
+# Bumped by hand when a stage's numbers change (the golden losses in tests/ guard it), so that an unrelated edit
+# does not throw hours of work away.
+VERSIONS = {"pretrain": 1, "measure": 1, "quantize": 1}
+
+# What of a track a checkpoint does not depend on, and what does not make two tables two.
+AFTER_PRETRAINING = ("title", "seeds", "quantizers", "metrics", "rank-by", "evaluate", "checkpoint")
+COSMETIC = ("title", "seeds", "checkpoint")
+
+Say = Callable[[str, int, int, str], None]  # (stage, done, of, detail)
+
+
+@dataclass(frozen=True)
+class Job:
+    """One record to be made."""
+
+    recipe_name: str
+    recipe: Recipe
+    track_name: str
+    track: Track
+    seed: int
+
+    def __str__(self) -> str:
+        return f"{self.recipe_name} seed {self.seed}"
+
+    @property
+    def lr(self) -> float:
+        return self.recipe.lr.get(self.track_name, self.track.lr)
+
+    @cached_property
+    def mitigations(self) -> dict[str, dict[str, Any]]:
+        """The recipe's mitigations in plain form, as the checkpoint's config carries them: fields by their names."""
+        resolved = dump(self.recipe)["mitigations"]
+        return {name: {key.replace("-", "_"): v for key, v in kw.items()} for name, kw in resolved.items()}
+
+    @cached_property
+    def resolved(self) -> dict[str, Any]:
+        """What of the recipe decides numbers on this track."""
+        return {"mitigations": dump(self.recipe)["mitigations"], "lr": self.lr}
+
+
+def experiment(job: Job, store: Store, compute: bool = True, say: Say = lambda *_: None) -> tuple[Record, Any] | None:
+    """The record of a job and the facts of its run; without `compute`, None where a cell is still missing."""
+    say("data", 0, 1, "")
+    data = job.track.task.open(store.root)  # type: ignore[attr-defined]
+    track, here, began = dump(job.track), environment(), time.monotonic()
+    made: dict[str, float] = {}
+
+    def stage(name: str, inputs: dict[str, Any], make: Callable[[Cell], dict[str, bytes | Path]]) -> Path:
+        folder = store.load(name, inputs)
+        if folder is None and not compute:
+            raise _Missing
+        if folder is None:
+            with store.cell(name, inputs) as cell:
+                start = time.monotonic()
+                folder = cell.path or cell.commit(make(cell))
+                made[name] = round(made.get(name, 0.0) + time.monotonic() - start, 1)
+        return folder
+
+    entries = {name: entry.version for name, entry in job.recipe.mitigations.items()}  # type: ignore[attr-defined]
+    trained = {
+        "version": VERSIONS["pretrain"], "recipe": _pretraining(job), "mitigations": entries, "seed": job.seed,
+        "track": _without(track, AFTER_PRETRAINING), "data": data.digest, "environment": _without(here, ("bitsandbytes",)),
+    }  # fmt: skip
+    judged = {"checkpoint": digest(trained), "evaluate": _without(track["evaluate"], ("exemption",))}
+    try:
+        checkpoint = stage("pretrain", trained, lambda cell: _pretrain(job, data, cell, say))
+        training = _read(checkpoint, "training.json")
+        lazy = _Lazy(job, data, checkpoint)
+        full, quantized = None, {}
+        if training["reason"] is None:
+            metrics = {name: catalog.load("metrics", name).version for name in job.track.metrics}
+            inputs = judged | {"version": VERSIONS["measure"], "metrics": metrics}
+            full = _read(stage("measure", inputs, lambda _: _measure(lazy, say)), "figures.json")
+            for index, (name, quantizer) in enumerate(job.track.quantizers.items()):
+                inputs = judged | {
+                    "version": VERSIONS["quantize"], "quantizer": {name: track["quantizers"][name]},
+                    "entry": quantizer.version, "exemption": name in job.track.evaluate.exemption,  # type: ignore[attr-defined]
+                    "lm-eval": _harnessed(job, name), "bitsandbytes": here["bitsandbytes"],
+                }  # fmt: skip
+                say("quantize", index, len(job.track.quantizers), name)
+                folder = stage("quantize", inputs, lambda _, name=name: _quantize(lazy, name))  # type: ignore[misc]
+                quantized[name] = _read(folder, "figures.json")
+    except _Missing:
+        return None
+    versions = {"stages": VERSIONS, "mitigations": entries, "quantizers": {
+        name: quantizer.version for name, quantizer in job.track.quantizers.items()}}  # type: ignore[attr-defined] # fmt: skip
+    record = {
+        "schema": SCHEMA,
+        "status": "finished" if training["reason"] is None else "diverged",
+        "reason": training["reason"],
+        "recipe": {"name": job.recipe_name, "digest": digest(job.resolved), "title": job.recipe.title,
+                   "resolved": job.resolved},
+        "track": {"name": job.track_name, "digest": digest(_without(track, COSMETIC)), "title": job.track.title,
+                  "resolved": track},
+        "seed": job.seed,
+        "data": data.digest,
+        "versions": versions,
+        "environment": here,
+        "cost": training["cost"],
+        "training": {key: training[key] for key in ("losses", "final-loss", "timeline")},
+        "full-precision": None if full is None else _without(full, ("sequence-losses",)),
+        "quantized": {n: _without(q, ("sequence-losses", "sequence-kl")) for n, q in quantized.items()},
+    }  # fmt: skip
+    run = {"date": datetime.now(UTC).isoformat(timespec="seconds"), "seconds": round(time.monotonic() - began, 1),
+           "stages": made, "machine": platform.machine(), **source()}  # fmt: skip
+    return record, run
+
+
+# --- the three stages ------------------------------------------------------------------------------------------------
+
+
+def _pretrain(job: Job, data: Any, cell: Cell, say: Say) -> dict[str, bytes | Path]:
+    from quantbench.model import cost
+    from quantbench.pretrain import build, pretrain
+
+    def progress(step: int, loss: float) -> None:
+        say("pretrain", step, job.track.steps, f"loss {loss:.3f}")
+
+    trained = pretrain(job.mitigations, job.lr, job.track, job.seed, data, cell.work, device(), progress)
+    length = job.track.length
+    paid = cost(trained.model, length)
+    paid["added-parameters"] = paid["parameters"] - cost(build({}, job.track, data), length)["parameters"]
+    every = max(1, job.track.steps // 50)
+    curve = [[i + 1, _plain(loss)] for i, loss in enumerate(trained.losses) if (i + 1) % every == 0]
+    recent = trained.losses[-every:]
+    about = {
+        "reason": trained.reason,
+        "cost": paid,
+        "losses": [point for point in curve if point[1] is not None],
+        "final-loss": _plain(sum(recent) / len(recent)),
+        "timeline": [{"loss": None, **point} for point in trained.timeline],
+    }
+    trained.model.cpu().save_pretrained(cell.work / "model")
+    files: dict[str, bytes | Path] = {path.name: path for path in sorted((cell.work / "model").iterdir())}
+    return files | {"training.json": _json(about)}
+
+
+def _measure(lazy: "_Lazy", say: Say) -> dict[str, bytes | Path]:
+    from quantbench.evaluate import full_precision, harness
+
+    say("measure", 0, 1, "full precision")
+    figures = full_precision(lazy.reference)
+    track = lazy.job.track
+    figures["lm-eval"] = harness(lazy.reference.model, lazy.reference) if track.evaluate.lm_eval_items else None
+    return {"figures.json": _json(figures)}
+
+
+def _quantize(lazy: "_Lazy", name: str) -> dict[str, bytes | Path]:
+    from quantbench.evaluate import harness, quantized
+
+    track = lazy.job.track
+    quantizer: Any = track.quantizers[name]
+    model, figures = quantized(lazy.reference, quantizer, name in track.evaluate.exemption)
+    figures["lm-eval"] = harness(model, lazy.reference) if _harnessed(lazy.job, name) else None
+    return {"figures.json": _json(figures)}
+
+
+@dataclass
+class _Lazy:
+    """The checkpoint on the held-out sequences, loaded when the first missing cell needs it."""
+
+    job: Job
+    data: Any
+    checkpoint: Path
+
+    @cached_property
+    def reference(self) -> "Reference":
+        from quantbench.evaluate import Reference
+        from quantbench.model import QuantbenchModel
+
+        model = QuantbenchModel.from_pretrained(self.checkpoint).eval().to(device())
+        return Reference(model, self.data, self.job.track)
+
+
+class _Missing(Exception):
+    """A cell that has not been computed."""
+
+
+def _harnessed(job: Job, quantizer: str) -> bool:
+    """Whether lm-eval scores this quantizer's model: the one that ranks, since a pass costs seconds."""
+    return bool(job.track.evaluate.lm_eval_items) and quantizer in job.track.rank_by.values()
+
+
+def _pretraining(job: Job) -> dict[str, Any]:
+    """The part of the recipe that pretraining sees: mitigations that are not purely post-hoc."""
+    from quantbench.mitigations import seams
+
+    after = {name for name, m in job.recipe.mitigations.items() if seams(m) == ["prepare"]}  # type: ignore[arg-type]
+    return job.resolved | {"mitigations": _without(job.resolved["mitigations"], tuple(after))}
+
+
+# --- small things ----------------------------------------------------------------------------------------------------
+
+
+@cache
+def device() -> Any:
+    """CUDA where there is one, else the CPU."""
+    import torch
+
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@cache
+def environment() -> dict[str, Any]:
+    """The environment class: what, beside the inputs, decides the last bits of a result."""
+    import torch
+
+    low = torch.ops.mkldnn._is_mkldnn_bf16_supported() if device().type == "cpu" else False
+    kind = "cpu" if device().type == "cpu" else torch.cuda.get_device_name()
+    cpu = f"{_vendor()} {torch.backends.cpu.get_cpu_capability()}{' bf16' if low else ''}"
+    bnb = metadata.version("bitsandbytes")
+    return {"torch": torch.__version__, "bitsandbytes": bnb, "threads": 1, "cpu": cpu, "device": kind}
+
+
+def _vendor() -> str:
+    """The processor's maker: the math library picks its kernels by it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    return next((line.split(":")[1].strip() for line in lines if line.startswith("vendor_id")), platform.machine())
+
+
+@cache
+def source() -> dict[str, Any]:
+    """The commit this code is at, and whether it was changed since; nulls outside a git checkout."""
+
+    def git(*words: str) -> str | None:
+        command = ["git", "-C", str(Path(__file__).parent), *words]
+        try:
+            return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+        except (OSError, subprocess.SubprocessError):
+            return None
+
+    changed = git("status", "--porcelain", "--", ".")
+    return {"commit": git("rev-parse", "HEAD"), "dirty": None if changed is None else bool(changed)}
+
+
+def first_seeds(track: Track, count: int) -> Track:
+    """The track with its first `count` seeds; ValueError where it has fewer."""
+    if not 1 <= count <= len(track.seeds):
+        raise ValueError(f"--seeds {count}: the track has {len(track.seeds)} seeds; ask for 1 to {len(track.seeds)}")
+    return replace(track, seeds=track.seeds[:count])
+
+
+def default_jobs() -> int:
+    """One run a core; one on a GPU."""
+    return 1 if device().type == "cuda" else len(os.sched_getaffinity(0))
+
+
+def _without(mapping: Mapping[str, Any], keys: tuple[str, ...]) -> dict[str, Any]:
+    return {key: value for key, value in mapping.items() if key not in keys}
+
+
+def _read(folder: Path, name: str) -> Any:
+    return json.loads((folder / name).read_bytes())
+
+
+def _json(value: Any) -> bytes:
+    return json.dumps(value, sort_keys=True, allow_nan=False).encode()
+
+
+def _plain(x: float) -> float | None:
+    return x if -float("inf") < x < float("inf") else None

@@ -1,0 +1,268 @@
+"""quantbench: the verbs and what they call. Nothing heavy is imported before it is needed.
+
+Exit codes: 0 done, 2 bad input, 3 some cells failed, 4 a run diverged, 5 integrity (a record cannot be trusted).
+"""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from quantbench import __version__, catalog
+
+if TYPE_CHECKING:
+    from quantbench.bench import Job
+    from quantbench.store import Store
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs one verb; every refusal is one line on stderr and a documented exit code."""
+    arguments = _parser().parse_args(argv)
+    try:
+        return int(arguments.verb(arguments))
+    except (ValueError, OSError) as error:
+        print(f"quantbench: {error}" if not _is_placed(error) else error, file=sys.stderr)
+        return 2
+    except _integrity() as error:
+        print(f"quantbench: {error}", file=sys.stderr)
+        return 5
+    except KeyboardInterrupt:
+        print("quantbench: interrupted; run the same command again to go on where it stopped", file=sys.stderr)
+        return 130
+
+
+def _is_placed(error: Exception) -> bool:
+    from quantbench.strict import StrictError
+
+    return isinstance(error, StrictError)
+
+
+def _integrity() -> type[Exception]:
+    from quantbench.results import ResultsError
+
+    return ResultsError
+
+
+def root() -> Path:
+    """The project: the nearest folder from here upwards that has recipes/tracks; else where this package stands."""
+    here = Path.cwd()
+    for folder in (here, *here.parents, Path(__file__).resolve().parent.parent):
+        if (folder / "recipes" / "tracks").is_dir():
+            return folder
+    raise ValueError("no recipes/tracks folder here or above: run quantbench inside a clone of the project")
+
+
+def _store() -> "Store":
+    from quantbench.store import Store
+
+    return Store(root() / ".quantbench")
+
+
+# --- verbs -----------------------------------------------------------------------------------------------------------
+
+
+def bench(arguments: argparse.Namespace) -> int:
+    """Train, measure and quantize recipes beside their baseline, and print the table."""
+    jobs, results, store = _jobs(arguments), _results(arguments), _store()
+    scratch = bool(arguments.set)
+    if scratch:
+        from quantbench.store import digest
+
+        results = store.root / "scratch" / digest([sorted(arguments.set)])[:12]
+    if arguments.dry_run:
+        return _dry_run(jobs, store, results)
+    import os
+
+    from quantbench.bench import default_jobs
+    from quantbench.sweep import sweep
+
+    # Even the parent works with one thread: it may compute digests, and must not take the workers' cores.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    workers = arguments.jobs or default_jobs()
+    print(f"{len(jobs)} runs on track {arguments.track}: {', '.join(map(str, jobs))}", file=sys.stderr, flush=True)
+    outcome = sweep(jobs, store, results, workers, arguments.accept, lambda line: print(line, flush=True))
+    if not scratch:
+        _render(results)
+    _print_table(results, arguments.track)
+    where = f"{results}" + (" (exploring: never on the leaderboard)" if scratch else "")
+    print(
+        f"{len(outcome.written)} records written, {len(outcome.identical)} reproduced byte for byte, "
+        f"{len(outcome.differs)} differ, {len(outcome.diverged)} diverged, {len(outcome.failed)} failed; in {where}"
+    )
+    return outcome.exit_code
+
+
+def _jobs(arguments: argparse.Namespace) -> "list[Job]":
+    """Seed by seed, the baseline first, so that a first comparison is there early."""
+    from quantbench.bench import Job, first_seeds
+    from quantbench.recipe import load_recipe, load_track
+
+    track_name, track = load_track(arguments.track, root(), arguments.set)
+    if arguments.seeds is not None:
+        track = first_seeds(track, arguments.seeds)
+    recipes = dict(load_recipe(name, root()) for name in dict.fromkeys(["baseline", *arguments.recipe]))
+    return [Job(name, recipe, track_name, track, seed) for seed in track.seeds for name, recipe in recipes.items()]
+
+
+def _results(arguments: argparse.Namespace) -> Path:
+    return Path(arguments.results) if arguments.results else root() / "results"
+
+
+def _dry_run(jobs: "list[Job]", store: "Store", results: Path) -> int:
+    from quantbench.bench import experiment
+
+    for job in jobs:
+        state = "to compute" if experiment(job, store, compute=False) is None else "in the store"
+        print(f"{job}: lr {job.lr:g}, {job.track.steps} steps, {len(job.track.quantizers)} quantizers: {state}")
+    print(f"records would go to {results}")
+    return 0
+
+
+def _render(results: Path) -> None:
+    from quantbench import leaderboard
+
+    readme = results.parent / "README.md"
+    leaderboard.write(results, readme if readme.is_file() else None)
+
+
+def _print_table(results: Path, track: str) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from quantbench import leaderboard
+
+    header, *rows = leaderboard.table(results, track)
+    table = Table(*header, title=f"{track}, ranked by damage", title_justify="left")
+    for row in rows:
+        table.add_row(*row)
+    # A pipe has no width of its own: give it all the table needs.
+    console = Console(markup=False) if sys.stdout.isatty() else Console(markup=False, width=240)
+    console.print(table)
+
+
+def list_(arguments: argparse.Namespace) -> int:
+    """List recipes, tracks and the entries of the catalog."""
+    import json
+
+    from quantbench.recipe import available
+
+    found = {"recipes": available(root() / "recipes"), "tracks": available(root() / "recipes" / "tracks")}
+    found |= {axis: catalog.names(axis) for axis in ("mitigations", "quantizers", "metrics", "tasks")}
+    if arguments.json:
+        print(json.dumps(found, indent=1))
+    else:
+        for kind, names in found.items():
+            print(f"{kind}:\n  " + "\n  ".join(names))
+    return 0
+
+
+def show(arguments: argparse.Namespace) -> int:
+    """Show a recipe, resolved on a track, and what differs from the baseline."""
+    import json
+
+    from quantbench.bench import Job
+    from quantbench.recipe import load_recipe, load_track
+    from quantbench.strict import dump
+
+    name, recipe = load_recipe(arguments.recipe, root())
+    track_name, track = load_track(arguments.track, root())
+    mine, baseline = (Job(n, r, track_name, track, 0).resolved for n, r in ((name, recipe), load_recipe("baseline", root())))
+    print(f"{name}: {recipe.title}\n{recipe.why}" + (f"\n{recipe.paper}" if recipe.paper else ""))
+    print("\ndiffers from the baseline in:")
+    differences = {key: value for key, value in mine.items() if value != baseline[key]}
+    print(json.dumps(differences, indent=2) if differences else "nothing: it is the baseline")
+    print(f"\nresolved on {track_name}:")
+    print(json.dumps({"recipe": mine, "track": dump(track)}, indent=2))
+    return 0
+
+
+def check(arguments: argparse.Namespace) -> int:
+    """Check recipe and track files without running them."""
+    from quantbench.recipe import load_recipe, load_track
+
+    faults = 0
+    for file in arguments.file:
+        try:
+            load = load_track if Path(file).resolve().parent.name == "tracks" else load_recipe
+            load(file if file.endswith(".yaml") else f"{file}.yaml", root())
+            print(f"{file}: fine")
+        except ValueError as error:
+            faults += 1
+            print(error, file=sys.stderr)
+    return 2 if faults else 0
+
+
+def leaderboard_(arguments: argparse.Namespace) -> int:
+    """Render the tables and figures of the results again."""
+    _render(_results(arguments))
+    return 0
+
+
+def relation(arguments: argparse.Namespace) -> int:
+    """How the residual peak relates to quantization error, per track and quantizer."""
+    import json
+
+    from quantbench.relation import relate
+    from quantbench.results import read_all
+
+    found = relate(read_all(_results(arguments)))
+    if arguments.json:
+        print(json.dumps(found, indent=1, sort_keys=True, allow_nan=False))
+        return 0
+    for track, quantizers in found.items():
+        for quantizer, predictors in quantizers.items():
+            for predictor, figures in predictors.items():
+                rho, n = figures["rho"], figures["n"]
+                shown = "undefined" if rho is None else f"{rho:.2f}"
+                print(f"{track}: log KL under {quantizer} on log {predictor}: Spearman rho {shown}, n {n}")
+    return 0
+
+
+def store(arguments: argparse.Namespace) -> int:
+    """What the store of finished work holds, and on how much disk."""
+    kept = _store()
+    if arguments.prune:
+        print(f"{kept.prune()} cells removed, and all partial work")
+    for stage, cells, size in kept.usage():
+        print(f"{stage:<12}{cells:>6} cells {size / 1e6:>10.1f} MB")
+    return 0
+
+
+# --- arguments -------------------------------------------------------------------------------------------------------
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="quantbench", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--version", action="version", version=f"quantbench {__version__}")
+    verbs = parser.add_subparsers(metavar="VERB", required=True)
+
+    def verb(name: str, function: Any) -> argparse.ArgumentParser:
+        added = verbs.add_parser(name, help=function.__doc__, description=function.__doc__)
+        added.set_defaults(verb=function)
+        return added
+
+    runs = verb("bench", bench)
+    runs.add_argument("recipe", nargs="+", metavar="RECIPE", help="names of recipes (see `quantbench list`), or YAML files")
+    runs.add_argument("--track", default="text", help="what is held equal (default: text)")
+    runs.add_argument("--seeds", type=int, metavar="N", help="the first N seeds of the track (default: all)")
+    runs.add_argument("--jobs", type=int, metavar="N", help="runs at a time, one thread each (default: one per core)")
+    runs.add_argument("--results", metavar="DIR", help="where records and tables go (default: results/)")
+    runs.add_argument("--set", action="append", default=[], metavar="KEY=VALUE",
+                      help="change a key of the track, for exploring: goes to a scratch folder, never onto the leaderboard")  # fmt: skip
+    runs.add_argument("--dry-run", action="store_true", help="say what would run, and what is there already")
+    runs.add_argument("--accept", action="store_true", help="replace committed records that this run contradicts")
+    verb("list", list_).add_argument("--json", action="store_true", help="one JSON object of lists of names")
+    shows = verb("show", show)
+    shows.add_argument("recipe", metavar="RECIPE")
+    shows.add_argument("--track", default="text")
+    verb("check", check).add_argument("file", nargs="+", metavar="FILE", help="recipe or track files")
+    verb("leaderboard", leaderboard_).add_argument("--results", metavar="DIR")
+    relates = verb("relation", relation)
+    relates.add_argument("--results", metavar="DIR")
+    relates.add_argument("--json", action="store_true", help="one JSON object")
+    verb("store", store).add_argument("--prune", action="store_true", help="drop partial work and cells unused for 30 days")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

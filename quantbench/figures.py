@@ -1,0 +1,298 @@
+"""The pictures of the results, as SVG whose bytes depend on the records (and matplotlib's version) alone.
+
+Recipes keep one colour and marker within a track, the baseline is black; they are named beside their data.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from quantbench.relation import finished, point
+from quantbench.results import BASELINE, Record
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
+    from matplotlib.figure import Figure
+
+# The twelve that differ most of Paul Tol's "muted" and "vibrant" sets, legible on white for the colour-blind.
+COLOURS = ("#332288", "#cc3311", "#117733", "#ee7733", "#0077bb", "#aa4499", "#999933", "#882255", "#44aa99", "#cc6677")
+MARKERS = "osD^vP"
+PEAK = "residual peak (largest / median token norm, worst layer)"
+ERROR = "KL(full ‖ quantized), nats per token"
+SIGNATURES = {
+    "residual-peak": ("residual peak", "largest / median token norm", "log"),
+    "bos-attention": ("attention to BOS", "mean attention weight", "linear"),
+    "value-drain": ("value drain", "value norm of BOS / other tokens", "log"),
+}
+
+
+def relation(records: list[Record], quantizer: str, rho: dict[str, Any]) -> bytes | None:
+    """Residual peak against KL for one quantizer: small marks are runs, large ones recipes (geometric means).
+
+    `rho` are the figures of `relation.relate`. None where fewer than two runs have both numbers.
+    """
+    runs = finished(records)
+    with _figure(6.4, 4.2) as figure:
+        axes = figure.add_axes((0.1, 0.13, 0.87, 0.75))
+        centres = _scatter(axes, runs, quantizer)
+        if not centres:
+            return None
+        axes.set_xlabel(PEAK)
+        axes.set_ylabel(ERROR)
+        axes.set_title(f"{runs[0]['track']['title']}: {quantizer}", loc="left", fontweight="bold", pad=18)
+        axes.text(0, 1.02, _in_words(rho), transform=axes.transAxes, color="0.35")
+        _name_points(axes, centres, _styles(runs))
+        return _svg(figure)
+
+
+def relations(records: list[Record], figures: dict[str, Any]) -> bytes | None:
+    """As `relation`, every quantizer of the track as a small panel on common axes."""
+    runs = finished(records)
+    shown = [q for q in figures if sum(point(r, q, "residual-peak") is not None for r in runs) > 1]
+    if len(shown) < 2:
+        return None
+    from matplotlib.lines import Line2D
+
+    columns = min(3, len(shown))
+    rows = math.ceil(len(shown) / columns)
+    with _figure(2.6 * columns + 0.6, 2.2 * rows + 1.1) as figure:
+        grid = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
+        for axes, quantizer in zip(grid.flat, shown, strict=False):
+            _scatter(axes, runs, quantizer)
+            rho = figures[quantizer]["residual-peak"]["rho"]
+            axes.set_title(f"{quantizer}   ρ {_signed(rho['estimate'])}" if rho else quantizer, loc="left")
+        for axes in grid.flat[len(shown) :]:
+            axes.set_visible(False)
+        for axes in grid.flat[max(0, len(shown) - columns) : len(shown)]:
+            axes.xaxis.set_tick_params(labelbottom=True)
+        styles = _styles(runs)
+        handles = [Line2D([], [], color=c, marker=m, linestyle="", markersize=4) for c, m in styles.values()]
+        legend_rows = math.ceil(len(styles) / (2 * columns))
+        bottom = (0.55 + 0.17 * legend_rows) / figure.get_figheight()
+        figure.legend(handles, list(styles), loc="lower center", ncols=min(len(styles), 2 * columns), frameon=False)
+        figure.subplots_adjust(0.62 / figure.get_figwidth(), bottom, 0.98, 1 - 0.3 / figure.get_figheight(), 0.08, 0.3)
+        middle = (bottom + 1) / 2
+        figure.text(0.5, bottom - 0.38 / figure.get_figheight(), PEAK, ha="center", va="center")
+        figure.text(0.02, middle, ERROR, rotation=90, ha="center", va="center")
+        return _svg(figure)
+
+
+def timeline(records: list[Record]) -> bytes | None:
+    """The three signatures over training, a line per recipe (mean over seeds). None where nothing was logged."""
+    runs = finished(records)
+    styles = _styles(runs)
+    with _figure(9.6, max(3.2, 0.155 * len(styles) + 1.0)) as figure:
+        last = None
+        for place, (signature, (title, unit, scale)) in enumerate(SIGNATURES.items()):
+            axes = figure.add_axes((0.055 + 0.287 * place, 0.14, 0.235, 0.74))
+            axes.set_title(title, loc="left", fontweight="bold")
+            axes.set_ylabel(unit)
+            axes.set_xlabel("training step")
+            axes.set_yscale(scale)
+            ends = {}
+            for recipe, (colour, _) in styles.items():
+                course = _course([r for r in runs if r["recipe"]["name"] == recipe], signature, scale == "log")
+                if course:
+                    width, order = (1.8, 3) if recipe == BASELINE else (1.0, 2)
+                    axes.plot(*zip(*course, strict=True), color=colour, linewidth=width, zorder=order)
+                    ends[recipe] = course[-1]
+            if ends:
+                last = (axes, ends)
+                _training_steps(axes, runs)
+                if scale == "log":
+                    _plain_ticks(axes.yaxis)
+        if last is None:
+            return None
+        _name_ends(*last, styles)
+        return _svg(figure)
+
+
+def _styles(runs: list[Record]) -> dict[str, tuple[str, str]]:
+    """recipe -> (colour, marker), the baseline first."""
+    recipes = sorted({r["recipe"]["name"] for r in runs}, key=lambda name: (name != BASELINE, name))
+    others = iter([(colour, marker) for marker in MARKERS for colour in COLOURS] * len(recipes))
+    return {name: ("black", "o") if name == BASELINE else next(others) for name in recipes}
+
+
+def _scatter(axes: Axes, runs: list[Record], quantizer: str) -> dict[str, tuple[float, float]]:
+    """Draws the runs and the recipes' geometric means, and returns the means; nothing below two runs."""
+    points: dict[str, list[tuple[float, float]]] = {}
+    for run in runs:
+        if at := point(run, quantizer, "residual-peak"):
+            points.setdefault(run["recipe"]["name"], []).append(at)
+    if sum(map(len, points.values())) < 2:
+        return {}
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    centres = {}
+    for recipe, (colour, marker) in _styles(runs).items():
+        if recipe not in points:
+            continue
+        xs, ys = zip(*points[recipe], strict=True)
+        x, y = (math.exp(math.fsum(map(math.log, values)) / len(values)) for values in (xs, ys))
+        axes.plot(xs, ys, marker, color=colour, markersize=2.5, alpha=0.45, markeredgewidth=0)
+        axes.plot([x], [y], marker, color=colour, markersize=5.5, markeredgecolor="white", markeredgewidth=0.6)
+        centres[recipe] = (x, y)
+    axes.margins(0.08)
+    for axis in (axes.xaxis, axes.yaxis):
+        _plain_ticks(axis)
+    return centres
+
+
+def _training_steps(axes: Axes, runs: list[Record]) -> None:
+    """A logarithmic axis of steps that has room for step 0."""
+    from matplotlib.ticker import FixedLocator, FuncFormatter
+
+    steps = sorted({entry["step"] for r in runs for entry in r["training"]["timeline"]} - {0})
+    first, last = (steps[0], steps[-1]) if steps else (1, 1)
+    axes.set_xscale("symlog", linthresh=first, linscale=0.5)
+    decades = [10**power for power in range(10) if first <= 10**power <= last]
+    axes.xaxis.set_major_locator(FixedLocator([0, *decades]))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+
+
+def _plain_ticks(axis: Axis) -> None:
+    """1, 10, 100 on a logarithmic axis, and 2 and 5 between them where there is room."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+
+    low, high = axis.get_view_interval()
+    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if high < 60 * low else (1.0,), numticks=8))
+    axis.set_minor_locator(NullLocator())
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+
+
+def _name_points(axes: Axes, centres: dict[str, tuple[float, float]], styles: dict[str, tuple[str, str]]) -> None:
+    """Writes each recipe's name beside its mean, at the nearest place that is still free, with a line if it is far."""
+    axes.get_xlim(), axes.get_ylim()  # makes the limits, and with them transData, those of the data
+    box = axes.get_window_extent()
+    to_points = 72 / axes.figure.dpi
+    at = {name: axes.transData.transform(xy) * to_points for name, xy in centres.items()}
+    taken = [(x - 3.0, y - 3.0, x + 3.0, y + 3.0) for x, y in at.values()]
+    left, bottom, right, top = (side * to_points for side in (box.x0, box.y0, box.x1, box.y1))
+    for name, (x, y) in at.items():
+        width, height = 4.1 * len(name), 8.0
+        for radius, angle in ((r, a) for r in range(6, 200, 7) for a in (0, 180, 90, 270, 30, 150, 330, 210, 60, 120)):
+            dx, dy = radius * math.cos(math.radians(angle)), radius * math.sin(math.radians(angle))
+            x0 = x + dx - (width if dx < -1 else width / 2 if abs(dx) <= 1 else 0.0)
+            label = (x0, y + dy - height / 2, x0 + width, y + dy + height / 2)
+            inside = left < label[0] and label[2] < right and bottom < label[1] and label[3] < top
+            if inside and not any(_overlap(label, other) for other in taken):
+                break
+        else:
+            continue  # no room at all: a thousand recipes
+        taken.append(label)
+        colour, _ = styles[name]
+        line = {"arrowstyle": "-", "color": colour, "linewidth": 0.5, "alpha": 0.6, "shrinkA": 0, "shrinkB": 3}
+        axes.annotate(
+            name,
+            centres[name],
+            (x0 - x, dy),
+            textcoords="offset points",
+            va="center",
+            color=colour,
+            fontsize=7,
+            arrowprops=line if radius > 13 else None,
+        )
+
+
+def _overlap(one: tuple[float, ...], other: tuple[float, ...]) -> bool:
+    return one[0] < other[2] and other[0] < one[2] and one[1] < other[3] and other[1] < one[3]
+
+
+def _name_ends(axes: Axes, ends: dict[str, tuple[float, float]], styles: dict[str, tuple[str, str]]) -> None:
+    """Names lines right of the axes, in the order of their ends, moved apart as far as it takes."""
+    axes.get_xlim(), axes.get_ylim()  # makes the limits, and with them transData, those of the data
+    height = axes.get_window_extent().height * 72 / axes.figure.dpi
+    to_axes = axes.transAxes.inverted()
+    wanted = {name: to_axes.transform(axes.transData.transform(end)) for name, end in ends.items()}
+    step = min(8.5 / height, 1.1 / max(1, len(ends)))
+    order = sorted(wanted, key=lambda name: (wanted[name][1], name))
+    places: list[float] = []
+    for name in order:
+        places.append(max(wanted[name][1], places[-1] + step if places else -1.0))
+    top = 1.03
+    for index in reversed(range(len(places))):  # those pushed out at the top come down again
+        top = places[index] = min(places[index], top)
+        top -= step
+    for name, y in zip(order, places, strict=True):
+        x_end, y_end = wanted[name]
+        colour, _ = styles[name]
+        axes.plot(
+            [x_end, 1.03, 1.05],
+            [y_end, y, y],
+            transform=axes.transAxes,
+            color=colour,
+            linewidth=0.5,
+            alpha=0.6,
+            clip_on=False,
+        )
+        weight = "bold" if name == BASELINE else "normal"
+        axes.text(1.06, y, name, transform=axes.transAxes, color=colour, va="center", fontsize=7, fontweight=weight)
+
+
+def _course(runs: list[Record], signature: str, logarithmic: bool) -> list[tuple[float, float]]:
+    """(step, mean over seeds): the geometric mean where the axis is logarithmic."""
+    by_step: dict[int, list[float]] = {}
+    for run in runs:
+        for entry in run["training"]["timeline"]:
+            value = entry[signature]
+            if value is not None and (value > 0 or not logarithmic):
+                by_step.setdefault(entry["step"], []).append(math.log(value) if logarithmic else value)
+    means = [(step, math.fsum(values) / len(values)) for step, values in sorted(by_step.items())]
+    return [(float(step), math.exp(mean) if logarithmic else mean) for step, mean in means]
+
+
+def _in_words(figures: dict[str, Any]) -> str:
+    rho = figures["rho"]
+    count = f"{figures['recipes']} recipes, {figures['n']} runs"
+    if rho is None:
+        return count
+    limits = "" if rho["low"] is None else f" [{_signed(rho['low'])}, {_signed(rho['high'])}]"
+    return f"Spearman ρ {_signed(rho['estimate'])}{limits}, {count}"
+
+
+def _signed(value: float) -> str:
+    return f"{value:.2f}".replace("-", "−")
+
+
+@contextmanager
+def _figure(width: float, height: float) -> Iterator[Figure]:
+    """An empty figure (inches) under settings that no user's matplotlibrc changes."""
+    import matplotlib
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()
+        settings: Any = {
+            "text.parse_math": False,  # a $ in a title is a $
+            "svg.hashsalt": "quantbench",  # ids from content, not at random
+            "font.size": 8,
+            "axes.titlesize": 8,
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            "axes.linewidth": 0.6,
+            "axes.edgecolor": "0.3",
+            "xtick.color": "0.3",
+            "ytick.color": "0.3",
+            "axes.grid": True,
+            "grid.color": "0.92",
+            "grid.linewidth": 0.6,
+            "axes.axisbelow": True,
+            "legend.fontsize": 7,
+        }
+        matplotlib.rcParams.update(settings)
+        figure = Figure(figsize=(width, height), facecolor="white")
+        FigureCanvasSVG(figure)
+        yield figure
+
+
+def _svg(figure: Figure) -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
+    return buffer.getvalue()

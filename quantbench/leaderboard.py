@@ -1,0 +1,543 @@
+"""Records -> the leaderboard: Markdown, CSV, figures, and the short table in the project's README.
+
+A row is a recipe on a track, over seeds. Rows are ranked by *damage*, the loss that the track's quantizer adds to
+the model's own full-precision loss (ranking by quantized loss would rank full precision: its gaps are larger than
+the damage). What a row claims against the baseline is tested on log KL(full || quantized), paired over seeds; see
+`stats`. Nothing here is edited by hand: the same records give the same bytes.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+import os
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from quantbench import figures, relation, stats
+from quantbench.results import BASELINE, Record, comparable, rank_by, read_all
+from quantbench.store import atomic_write
+
+BEGIN, END = "<!-- leaderboard:begin -->", "<!-- leaderboard:end -->"
+HEADLINE_TRACK = "text"
+SIGNATURES = ("residual-peak", "bos-attention", "value-drain")
+
+Table = tuple[list[str], list[list[str]]]  # a header, and rows of as many cells
+
+
+@dataclass(frozen=True)
+class Mean:
+    """Over seeds; the interval is Student's, None for a single seed."""
+
+    value: float
+    interval: stats.Interval | None
+
+    def __str__(self) -> str:
+        return _plus_minus(self.value, None if self.interval is None else self.interval.half_width)
+
+
+@dataclass
+class Row:
+    """A recipe on a track. `records` are its finished runs that may be pooled."""
+
+    name: str
+    title: str
+    records: list[Record]
+    rank: int | None = None
+    diverged: bool = False  # one of its seeds did: the others are the lucky ones, and cannot be ranked
+    comparisons: dict[str, stats.Comparison] = field(default_factory=dict)  # quantizer -> log KL against the baseline
+    notes: list[str] = field(default_factory=list)
+
+    def full(self, *keys: str) -> Mean | None:
+        """The mean of a full-precision figure, such as `loss`, or `metrics`, `act-max`, `value`."""
+        return _mean(_dig(r["full-precision"], keys) for r in self.records)
+
+    def quantized(self, quantizer: str, *keys: str) -> Mean | None:
+        """The mean of a figure under a quantizer; None unless every run has it."""
+        return _mean(_dig(r["quantized"].get(quantizer), keys) for r in self.records)
+
+    def share(self, quantizer: str, exempt: str) -> float | str | None:
+        """The share of the damage that goes away when some tokens stay in full precision, mean over seeds."""
+        damage = self.quantized(quantizer, "damage")
+        left = [_dig(r["quantized"].get(quantizer), ("exemption", exempt, "damage")) for r in self.records]
+        if damage is None or not left or None in left:
+            return None
+        damages = [r["quantized"][quantizer]["damage"] for r in self.records]
+        if damage.interval is None or damage.interval.low <= 0.0 or min(damages) <= 0.0:
+            return "undefined"
+        shares = [1 - part / whole for part, whole in zip(left, damages, strict=True)]
+        return math.fsum(shares) / len(shares)
+
+
+@dataclass(frozen=True)
+class Board:
+    """One track's rows in the order of the table: ranked, then those that cannot be ranked."""
+
+    name: str
+    title: str
+    ranking: str  # the quantizer by whose damage rows are ranked
+    quantizers: list[str]
+    rows: list[Row]
+    records: list[Record]
+
+
+def board(records: list[Record]) -> Board:
+    """The table of one track's records, computed."""
+    kept, stale = comparable(records)
+    track, ranking = kept[0]["track"], rank_by(kept[0])
+    quantizers = sorted({q for r in kept for q in r["quantized"]}, key=lambda q: (q != ranking, q))
+    rows = [_row(name, kept, stale) for name in sorted({r["recipe"]["name"] for r in records})]
+    ranked = [r for r in rows if r.rank is not None]
+    ranked.sort(key=lambda r: (_value(r.quantized(ranking, "damage")), r.name))
+    for rank, row in enumerate(ranked, 1):
+        row.rank = rank
+    _compare(ranked, quantizers, ranking)
+    _note_front(ranked, ranking)
+    _note_environments(rows)
+    last = sorted((r for r in rows if r.rank is None), key=lambda r: (r.diverged, r.name))
+    return Board(track["name"], track["title"], ranking, quantizers, ranked + last, records)
+
+
+def _row(name: str, kept: list[Record], stale: list[Record]) -> Row:
+    """A row with all notes that need no other row. Its rank is 0 until it has one, None if it cannot have one."""
+    mine, old = ([r for r in records if r["recipe"]["name"] == name] for records in (kept, stale))
+    runs = [r for r in mine if r["status"] == "finished"]
+    row = Row(name, (mine or old)[0]["recipe"]["title"], runs, rank=0)
+    ranking, due = rank_by(kept[0]), len(kept[0]["track"]["resolved"].get("seeds", []))
+    failed = [r for r in mine if r["status"] == "diverged"]
+    broken = [r for r in runs if r["quantized"][ranking]["damage"] is None]
+    if failed:
+        row.rank, row.diverged = None, True
+        row.notes += [f"diverged: seed {r['seed']}: {r['reason']}" for r in failed]
+    if broken:
+        row.rank = None
+        row.notes.append(f"quantized loss not finite in {len(broken)} of {len(runs)} runs")
+    if not mine:
+        row.rank = None
+        row.notes.append("stale: all its runs are of other digests than the table")
+    elif old:
+        row.notes.append(f"stale: {len(old)} of {len(old) + len(mine)} runs, of other digests, left out")
+    if runs and len(runs) < due:
+        row.notes.append(f"{len(runs)} of {due} seeds")
+    return row
+
+
+def _compare(ranked: list[Row], quantizers: list[str], ranking: str) -> None:
+    """Log KL against the baseline under every quantizer; who is like the best; who learned less."""
+    for quantizer in quantizers:
+        logs = {row.name: _log_kl(row, quantizer) for row in ranked}
+        family = stats.with_control({name: values for name, values in logs.items() if values}, BASELINE)
+        for row in ranked:
+            if row.name in family:
+                row.comparisons[quantizer] = family[row.name]
+            left_out = len(row.records) - len(logs[row.name])
+            if left_out and quantizer == ranking:
+                row.notes.append(f"KL not above 0 in {left_out} of {len(row.records)} runs, not compared")
+        if quantizer == ranking and len(ranked) > 1:
+            present = {name: values for name, values in logs.items() if values}
+            alike = stats.like_the_best(present, ranked[0].name)
+            ranked[0].notes.insert(0, "best")
+            for row in ranked[1:]:
+                if row.name in alike:
+                    row.notes.insert(0, "like the best")
+    losses = {row.name: {r["seed"]: r["full-precision"]["loss"] for r in row.records} for row in ranked}
+    learned = stats.with_control(losses, BASELINE)
+    for row in ranked:
+        if row.name in learned and learned[row.name].difference.low > 0:
+            row.notes.append("learned less")
+
+
+def _log_kl(row: Row, quantizer: str) -> dict[int, float]:
+    """seed -> log KL, of the runs that have one."""
+    kls = {r["seed"]: _dig(r["quantized"].get(quantizer), ("kl",)) for r in row.records}
+    return {seed: math.log(kl) for seed, kl in kls.items() if kl is not None and kl > 0}
+
+
+def _note_front(ranked: list[Row], ranking: str) -> None:
+    """Marks rows than which no other has both a lower full-precision loss and a lower damage."""
+    lowest = math.inf
+    for row in ranked:  # by damage
+        loss = _value(row.full("loss"))
+        if loss < lowest:
+            lowest = loss
+            row.notes.insert(0, "Pareto")
+
+
+def _note_environments(rows: list[Row]) -> None:
+    """Marks rows that were not run, all of them, in the environment class of most of the baseline's runs."""
+    classes = {row.name: [tuple(sorted(r["environment"].items(), key=str)) for r in row.records] for row in rows}
+    every = [kind for kinds in classes.values() for kind in kinds]
+    counts = Counter(classes.get(BASELINE) or every)
+    table = min(counts, key=lambda kind: (-counts[kind], str(kind)), default=None)
+    for row in rows:
+        kinds = set(classes[row.name])
+        if len(kinds) > 1:
+            row.notes.append("mixed environments")
+        elif kinds and kinds != {table}:
+            row.notes.append("other environment")
+
+
+# --- tables --------------------------------------------------------------------------------------------------------
+
+LEGEND = {
+    "rank": "by damage; rows without a rank cannot be ranked, for the reason in their notes",
+    "seeds": "finished runs that count",
+    "loss": "full precision, nats per token on held-out text; mean ± half of the 95% t interval over seeds",
+    "residual peak": "largest / median token norm of the residual stream, at the layer where that is largest",
+    "BOS attention": "mean attention weight on the first token",
+    "value drain": "value norm of the first token / mean of the others",
+    "act-max": "largest input of any Linear of the blocks",
+    "damage": "quantized minus full-precision loss under the quantizer named, nats per token",
+    "KL ratio": "KL(full ‖ quantized) relative to the baseline, paired over seeds; the intervals of all rows hold "
+    "together at 95% (Dunnett)",
+    "p": "of that ratio being 1, adjusted for the number of rows",
+    "share carried": "of the damage by extreme tokens: what goes away when they stay in full precision; in brackets "
+    "when as many random tokens do; undefined where the damage may be 0",
+    "notes": "*best*: rank 1. *like the best*: its KL cannot be told from that of rank 1 (Tukey, all pairs, 5%). "
+    "*Pareto*: no row has both a lower loss and a lower damage. *learned less*: its full-precision loss is higher "
+    "than the baseline's (Dunnett, 5%), so that a smaller damage may only mean that there was less to damage. "
+    "*stale*: of another version of the recipe, the track or the data, never pooled. *n of m seeds*: fewer than the "
+    "track asks for. *other* or *mixed environments*: threads, CPU capability, device or build differ",
+}
+
+
+def main_table(track: Board) -> Table:
+    """The ranked table: signatures, damage, and what may be claimed."""
+    header = ["rank", "recipe", "seeds", "loss", "residual peak", "BOS attention", "value drain", "act-max"]
+    header += [f"damage {track.ranking}", "KL ratio", "p", "share carried", "notes"]
+    rows = []
+    for row in track.rows:
+        signatures = [_figure(row.full("metrics", name, "value")) for name in (*SIGNATURES, "act-max")]
+        cells = [str(row.rank or "–"), row.name, str(len(row.records)), _text(row.full("loss")), *signatures]
+        ratio, p = _ratio(row, track.ranking)
+        damage = _text(row.quantized(track.ranking, "damage"))
+        rows.append([*cells, damage, ratio, p, _share(row, track.ranking), "; ".join(row.notes)])
+    return header, rows
+
+
+def damage_table(track: Board) -> Table:
+    """The damage of every quantizer, nats per token."""
+    rows = [[r.name, *(_text(r.quantized(q, "damage")) for q in track.quantizers)] for r in track.rows if r.records]
+    return ["recipe", *track.quantizers], rows
+
+
+def quality_table(track: Board) -> Table:
+    """What the full-precision models are worth, and what they cost."""
+    rows = [row for row in track.rows if row.records]
+    columns: dict[str, Callable[[Row], str]] = {
+        "perplexity": lambda row: _text(row.full("perplexity")),
+        "bits per byte": lambda row: _text(row.full("bits-per-byte")),
+    }
+    names = sorted({name for row in rows for r in row.records for name in r["full-precision"]["task"] or {}})
+    columns |= {name: lambda row, name=name: _text(row.full("task", name)) for name in names}
+    base = next((row for row in rows if row.name == BASELINE), None)
+    columns["added parameters"] = lambda row: f"{row.records[0]['cost']['added-parameters']:,}"
+    columns["FLOPs / token"] = lambda row: _relative(row, base)
+    shown = {title: [cell(row) for row in rows] for title, cell in columns.items()}
+    shown = {title: cells for title, cells in shown.items() if set(cells) != {"–"}}
+    return ["recipe", *shown], [[row.name, *cells] for row, *cells in zip(rows, *shown.values(), strict=True)]
+
+
+def harness_table(track: Board) -> Table:
+    """Accuracy on the last word of passages, as lm-evaluation-harness scores it, before and after quantizing."""
+    header = ["recipe", "full precision", *track.quantizers]
+    rows = []
+    for row in track.rows:
+        figures = [
+            row.full("lm-eval", "last-word"),
+            *(row.quantized(q, "lm-eval", "last-word") for q in track.quantizers),
+        ]
+        if any(figures):
+            rows.append([row.name, *map(_text, figures)])
+    return header, rows
+
+
+def relation_table(related: dict[str, Any]) -> Table:
+    """How log KL goes with the log of a predictor, per quantizer."""
+    names = ("rho", "within-rho", "partial-rho", "slope", "within-slope")
+    header = ["quantizer", "predictor", "runs", "recipes", "clusters", "ρ", "ρ within", "ρ given loss"]
+    header += ["slope", "slope within", "R² of a recipe left out"]
+    rows = []
+    for quantizer, by_predictor in related.items():
+        for predictor, found in by_predictor.items():
+            if found["n"]:
+                counts = [str(found[name]) for name in ("n", "recipes", "clusters")]
+                r2 = found["leave-one-recipe-out-r2"]
+                rows.append([quantizer, predictor, *counts, *(_estimate(found[name]) for name in names), _plain(r2)])
+    return header, rows
+
+
+def table(results_root: Path, track: str) -> Table:
+    """The main table of a track for the terminal: plain text, not escaped. ValueError where it has no records."""
+    records = read_all(results_root)
+    mine = [r for r in records if r["track"]["name"] == track]
+    if not mine:
+        known = ", ".join(sorted({r["track"]["name"] for r in records})) or "none yet"
+        raise ValueError(f"no results on track {track!r} in {results_root} (tracks with results: {known})")
+    return main_table(board(mine))
+
+
+# --- rendering -----------------------------------------------------------------------------------------------------
+
+INTRODUCTION = """# Leaderboard
+
+Rendered by `quantbench leaderboard` from the records in this folder; never edited.
+Losses, damage and KL are nats per token. A dash is a figure that is undefined or was not measured.
+"""
+EMPTY = "No results yet: `quantbench bench RECIPE` makes them."
+
+
+def render(results_root: Path, readme: Path | None = None) -> dict[Path, bytes]:
+    """Every file made from the records, by path: README.md, leaderboard.csv, the figures of each track, and the
+    project's README with its block replaced. ResultsError for unsound records, ValueError for a README without it."""
+    records = read_all(results_root)
+    tracks = sorted({r["track"]["name"] for r in records})
+    boards = [board([r for r in records if r["track"]["name"] == track]) for track in tracks]
+    related = relation.relate(records)
+    files: dict[Path, bytes] = {}
+    sections = [INTRODUCTION]
+    for track in boards:
+        pictures = _pictures(track, related[track.name])
+        files |= {results_root / track.name / name: data for name, (data, _) in pictures.items()}
+        sections.append(_section(track, related[track.name], {name: what for name, (_, what) in pictures.items()}))
+    sections.append(_legend() if boards else f"{EMPTY}\n")
+    files[results_root / "README.md"] = "\n".join(sections).encode()
+    files[results_root / "leaderboard.csv"] = _csv(boards)
+    if readme is not None:
+        files[readme] = _with_block(readme, results_root, boards)
+    return files
+
+
+def write(results_root: Path, readme: Path | None = None) -> list[Path]:
+    """Renders, writes what changed, removes figures that no longer are; returns the paths that changed."""
+    files = render(results_root, readme)
+    old = [*results_root.glob("*/relation-*.svg"), *results_root.glob("*/timeline.svg")]
+    gone = [path for path in old if path not in files]
+    changed = [path for path, data in files.items() if not path.exists() or path.read_bytes() != data]
+    for path in gone:
+        path.unlink()
+    for path in changed:
+        atomic_write(path, files[path])
+    return sorted(changed + gone)
+
+
+def _pictures(track: Board, related: dict[str, Any]) -> dict[str, tuple[bytes, str]]:
+    """file name -> (SVG, what it shows)."""
+    drawn = {
+        f"relation-{track.ranking}.svg": (
+            figures.relation(track.records, track.ranking, related.get(track.ranking, {}).get("residual-peak")),
+            f"Residual peak against KL under {track.ranking}, log-log",
+        ),
+        "relation-all.svg": (
+            figures.relations(track.records, related),
+            "Residual peak against KL under every quantizer, log-log",
+        ),
+        "timeline.svg": (
+            figures.timeline(track.records),
+            "Residual peak, attention to BOS and value drain over training steps, a line per recipe",
+        ),
+    }
+    return {name: (data, what) for name, (data, what) in drawn.items() if data is not None}
+
+
+def _section(track: Board, related: dict[str, Any], pictures: dict[str, str]) -> str:
+    parts = [f"## {_escape(track.title)} (`{track.name}`)", _markdown(main_table(track))]
+    parts += ["### Damage under every quantizer", _markdown(damage_table(track))]
+    parts += ["### Full-precision quality and cost", _markdown(quality_table(track))]
+    harness = harness_table(track)
+    if harness[1]:
+        parts += [f"### Last word, by lm-evaluation-harness ({_harness_facts(track)})", _markdown(harness)]
+    relations = relation_table(related)
+    if relations[1]:
+        parts += ["### Does the peak predict the error?", RELATION_LEGEND, _markdown(relations)]
+    parts += [f"![{what}]({track.name}/{name})" for name, what in pictures.items() if name != "timeline.svg"]
+    if "timeline.svg" in pictures:
+        parts += ["### When the signatures emerge", f"![{pictures['timeline.svg']}]({track.name}/timeline.svg)"]
+    return "\n\n".join(parts) + "\n"
+
+
+RELATION_LEGEND = f"""log KL(full ‖ quantized) on the log of the predictor, a point per run. ρ: Spearman, over all \
+runs; *within* recipes (their means removed); *given* the full-precision loss (partial). In brackets 95% limits of a \
+bootstrap over clusters of recipes that share a mitigation. Below {relation.FEWEST_RECIPES} recipes only ρ and the \
+counts are given. R²: how well a line through the other recipes predicts a recipe, against their mean."""
+
+
+def _legend() -> str:
+    return "\n".join(["## Columns", "", *(f"- **{name}**: {meaning}." for name, meaning in LEGEND.items())]) + "\n"
+
+
+def _harness_facts(track: Board) -> str:
+    """How many items, and what guessing gives."""
+    facts = [
+        r["full-precision"]["lm-eval"] for row in track.rows for r in row.records if r["full-precision"]["lm-eval"]
+    ]
+    items, chance = facts[0].get("last-word-items"), facts[0].get("last-word-chance")
+    return f"accuracy, {_plain(items)} items, chance {_plain(chance)}"
+
+
+def _with_block(readme: Path, results_root: Path, boards: list[Board]) -> bytes:
+    """The README with a short table of the headline track between the two markers."""
+    page = readme.read_text()
+    if page.count(BEGIN) != 1 or page.count(END) != 1 or page.index(BEGIN) > page.index(END):
+        raise ValueError(f"{readme}: put one line {BEGIN} and one line {END} where the leaderboard belongs")
+    track = next((b for b in boards if b.name == HEADLINE_TRACK), None)
+    block = EMPTY
+    if track is not None:
+        header, rows = main_table(track)
+        kept = ("rank", "recipe", "seeds", "loss", "residual peak", f"damage {track.ranking}", "KL ratio", "p")
+        columns = [header.index(name) for name in (*kept, "share carried", "notes")]
+        link = Path(os.path.relpath(results_root / "README.md", readme.parent)).as_posix()
+        short = ([header[i] for i in columns], [[row[i] for i in columns] for row in rows])
+        block = f"{_markdown(short)}\n\nTrack `{track.name}`; every column, quantizer and track: [{link}]({link})."
+    before, after = page[: page.index(BEGIN) + len(BEGIN)], page[page.index(END) :]
+    return f"{before}\n{block}\n{after}".encode()
+
+
+def _csv(boards: Iterable[Board]) -> bytes:
+    """One line per track, recipe and quantizer, with six digits; the figures of the recipe repeat."""
+    buffer = io.StringIO()
+    writer = csv.writer(buffer, lineterminator="\n")
+    header = ["track", "recipe", "title", "rank", "seeds", "loss", "loss-low", "loss-high", *SIGNATURES, "act-max"]
+    header += ["quantizer", "ranks", "damage", "damage-low", "damage-high", "kl", "kl-ratio", "kl-ratio-low"]
+    writer.writerow([*header, "kl-ratio-high", "p", "share-carried", "share-carried-random", "notes"])
+    for track in boards:
+        for row in track.rows:
+            signatures = [_digits(_value(row.full("metrics", name, "value"))) for name in (*SIGNATURES, "act-max")]
+            left = [_harmless(text) for text in (track.name, row.name, row.title)]
+            left += [str(row.rank or ""), str(len(row.records)), *_limits(row.full("loss")), *signatures]
+            for quantizer in track.quantizers if row.records else [""]:
+                cells = [_harmless(quantizer), str(int(quantizer == track.ranking))]
+                cells += [*_limits(row.quantized(quantizer, "damage")), _digits(_value(row.quantized(quantizer, "kl")))]
+                compared = row.comparisons.get(quantizer)
+                logs = [compared.difference.mean, compared.difference.low, compared.difference.high] if compared else []
+                cells += [_digits(math.exp(value)) for value in logs] or [""] * 3
+                shares = [row.share(quantizer, exempt) for exempt in ("extreme", "random")]
+                cells += [_digits(compared.p) if compared else ""]
+                cells += [share if isinstance(share, str) else _digits(share) for share in shares]
+                writer.writerow([*left, *cells, _harmless("; ".join(row.notes))])
+    return buffer.getvalue().encode()
+
+
+# --- cells ---------------------------------------------------------------------------------------------------------
+
+
+def _dig(value: Any, keys: Sequence[str]) -> float | None:
+    for key in keys:
+        if value is None:
+            return None
+        value = value.get(key)
+    return value if value is None else float(value)
+
+
+def _mean(values: Iterable[float | None]) -> Mean | None:
+    """None unless all are there: a mean over what happens to be defined would compare different seeds."""
+    listed = list(values)
+    present = [value for value in listed if value is not None]
+    if not listed or len(present) < len(listed):
+        return None
+    return Mean(math.fsum(present) / len(present), stats.t_interval(present))
+
+
+def _value(mean: Mean | None) -> float:
+    return math.nan if mean is None else mean.value
+
+
+def _text(mean: Mean | None) -> str:
+    return "–" if mean is None else str(mean)
+
+
+def _figure(mean: Mean | None) -> str:
+    return "–" if mean is None else _plain(mean.value)
+
+
+def _plain(value: float | None) -> str:
+    """Three significant digits, without an exponent between a ten-thousandth and a billion."""
+    if value is None or not math.isfinite(value):
+        return "–"
+    if value == 0:
+        return "0"
+    magnitude = math.floor(math.log10(abs(value)))
+    if not -4 <= magnitude < 9:
+        return f"{value:.2e}".replace("-", "−")
+    return f"{value:,.{max(0, 2 - magnitude)}f}".replace("-", "−")
+
+
+def _plus_minus(value: float, half_width: float | None) -> str:
+    """The value to the place of the second digit of its half-width: 3.512 ± 0.013."""
+    if half_width is None or half_width == 0 or not -7 <= math.floor(math.log10(half_width)) < 9:
+        return _plain(value)
+    places = max(0, 1 - math.floor(math.log10(half_width)))
+    return f"{value:,.{places}f} ± {half_width:,.{places}f}".replace("-", "−")
+
+
+def _estimate(found: dict[str, float | None] | None) -> str:
+    if found is None or found["estimate"] is None:
+        return "–"
+    low, high = found["low"], found["high"]
+    limits = "" if low is None or high is None else f" [{low:.2f}, {high:.2f}]"
+    return f"{found['estimate']:.2f}{limits}".replace("-", "−")
+
+
+def _ratio(row: Row, quantizer: str) -> tuple[str, str]:
+    if row.name == BASELINE:
+        return "1", ""
+    compared = row.comparisons.get(quantizer)
+    if compared is None:
+        return "–", "–"
+    mean, low, high = (
+        math.exp(x) for x in (compared.difference.mean, compared.difference.low, compared.difference.high)
+    )
+    p = "<0.0001" if compared.p < 1e-4 else f"{compared.p:.4f}" if compared.p < 0.1 else f"{compared.p:.2f}"
+    return f"{_plain(mean)} [{_plain(low)}, {_plain(high)}]", p
+
+
+def _share(row: Row, quantizer: str) -> str:
+    carried, control = row.share(quantizer, "extreme"), row.share(quantizer, "random")
+    if carried is None or isinstance(carried, str):
+        return carried or "–"
+    return f"{carried:.2f} ({control:.2f})".replace("-", "−") if isinstance(control, float) else f"{carried:.2f}"
+
+
+def _relative(row: Row, base: Row | None) -> str:
+    flops = row.records[0]["cost"]["flops-per-token"]
+    return f"× {flops / base.records[0]['cost']['flops-per-token']:.3f}" if base else f"{flops:,}"
+
+
+def _limits(mean: Mean | None) -> list[str]:
+    if mean is None:
+        return [""] * 3
+    ends = [mean.interval.low, mean.interval.high] if mean.interval else [math.nan] * 2
+    return [_digits(value) for value in (mean.value, *ends)]
+
+
+def _digits(value: float | None) -> str:
+    return "" if value is None or math.isnan(value) else f"{value:.6g}"
+
+
+def _escape(text: str) -> str:
+    """Text as Markdown shows it: no cell, tag, link or emphasis can be opened by a title or a reason."""
+    one_line = " ".join(text.split())
+    html = one_line.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    return re.sub(r"([\\`*_{}\[\]|#!~])", r"\\\1", html).replace("://", ":&#47;&#47;")
+
+
+def _harmless(text: str) -> str:
+    """Text that no spreadsheet takes for a formula (OWASP: CSV injection)."""
+    one_line = " ".join(text.split())
+    return "'" + one_line if one_line.startswith(("=", "+", "-", "@")) else one_line
+
+
+def _markdown(shown: Table) -> str:
+    header, rows = shown
+    numeric = [
+        all(not row[i] or row[i][0] in "0123456789−–<×" for row in rows) and header[i] not in ("recipe", "notes")
+        for i in range(len(header))
+    ]
+    lines = [header, ["--:" if right else "---" for right in numeric]]
+    body = [[_escape(cell) for cell in row] for row in rows]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in [*lines, *body])
