@@ -71,36 +71,69 @@ class Job:
         return {"mitigations": dump(self.recipe)["mitigations"], "lr": self.lr}
 
 
-def experiment(job: Job, store: Store, compute: bool = True, say: Say = lambda *_: None) -> tuple[Record, Any] | None:
-    """The record of a job and the facts of its run; without `compute`, None where a cell is still missing."""
-    say("data", 0, 1, "")
-    data = job.track.task.open(store.root)  # type: ignore[attr-defined]
-    track, here, began = dump(job.track), environment(), time.monotonic()
-    made: dict[str, float] = {}
+class _Missing(Exception):
+    """A cell that has not been computed."""
 
-    def stage(name: str, inputs: dict[str, Any], make: Callable[[Cell], dict[str, bytes | Path]]) -> Path:
-        folder = store.load(name, inputs)
-        if folder is None and not compute:
+
+@dataclass
+class _Stages:
+    """The cells of one job: found in the store, or made (without `compute`: `_Missing`)."""
+
+    job: Job
+    store: Store
+    compute: bool
+    say: Say
+
+    def __post_init__(self) -> None:
+        self.say("data", 0, 1, "")
+        self.data = self.job.track.task.open(self.store.root)  # type: ignore[attr-defined]
+        self.seconds: dict[str, float] = {}
+        mitigations = self.job.recipe.mitigations.items()
+        self.entries = {name: entry.version for name, entry in mitigations}  # type: ignore[attr-defined]
+        self.trained = {
+            "version": VERSIONS["pretrain"], "recipe": _pretraining(self.job), "mitigations": self.entries,
+            "track": pretraining_part(self.job.track), "seed": self.job.seed,
+            "data": self.data.digest, "environment": _without(environment(), ("bitsandbytes",)),
+        }  # fmt: skip
+
+    def stage(self, name: str, inputs: dict[str, Any], make: Callable[[Cell], dict[str, bytes | Path]]) -> Path:
+        """The folder of a cell."""
+        folder = self.store.load(name, inputs)
+        if folder is None and not self.compute:
             raise _Missing
         if folder is None:
-            with store.cell(name, inputs) as cell:
+            with self.store.cell(name, inputs) as cell:
                 start = time.monotonic()
                 folder = cell.path or cell.commit(make(cell))
-                made[name] = round(made.get(name, 0.0) + time.monotonic() - start, 1)
+                self.seconds[name] = round(self.seconds.get(name, 0.0) + time.monotonic() - start, 1)
         return folder
 
-    entries = {name: entry.version for name, entry in job.recipe.mitigations.items()}  # type: ignore[attr-defined]
-    trained = {
-        "version": VERSIONS["pretrain"], "recipe": _pretraining(job), "mitigations": entries, "seed": job.seed,
-        "track": _without(track, AFTER_PRETRAINING), "data": data.digest, "environment": _without(here, ("bitsandbytes",)),
-    }  # fmt: skip
-    judged = {"checkpoint": digest(trained), "evaluate": _without(track["evaluate"], ("exemption",))}
+    def checkpoint(self) -> Path:
+        """The pretrain cell: a folder that `from_pretrained` reads, with training.json beside it."""
+        return self.stage("pretrain", self.trained, lambda cell: _pretrain(self.job, self.data, cell, self.say))
+
+
+def training(job: Job, store: Store, compute: bool = True, say: Say = lambda *_: None) -> dict[str, Any] | None:
+    """Pretraining alone: its losses, timeline, cost, and why it diverged if it did. `compute` as in `experiment`."""
     try:
-        checkpoint = stage("pretrain", trained, lambda cell: _pretrain(job, data, cell, say))
-        training = _read(checkpoint, "training.json")
+        found: dict[str, Any] = _read(_Stages(job, store, compute, say).checkpoint(), "training.json")
+    except _Missing:
+        return None
+    return found
+
+
+def experiment(job: Job, store: Store, compute: bool = True, say: Say = lambda *_: None) -> tuple[Record, Any] | None:
+    """The record of a job and the facts of its run; without `compute`, None where a cell is still missing."""
+    began, track, here = time.monotonic(), dump(job.track), environment()
+    stages = _Stages(job, store, compute, say)
+    stage, data = stages.stage, stages.data
+    judged = {"checkpoint": digest(stages.trained), "evaluate": _without(track["evaluate"], ("exemption",))}
+    try:
+        checkpoint = stages.checkpoint()
+        trained = _read(checkpoint, "training.json")
         lazy = _Lazy(job, data, checkpoint)
         full, quantized = None, {}
-        if training["reason"] is None:
+        if trained["reason"] is None:
             metrics = {name: catalog.load("metrics", name).version for name in job.track.metrics}
             inputs = judged | {"version": VERSIONS["measure"], "metrics": metrics}
             full = _read(stage("measure", inputs, lambda _: _measure(lazy, say)), "figures.json")
@@ -115,12 +148,12 @@ def experiment(job: Job, store: Store, compute: bool = True, say: Say = lambda *
                 quantized[name] = _read(folder, "figures.json")
     except _Missing:
         return None
-    versions = {"stages": VERSIONS, "mitigations": entries, "quantizers": {
+    versions = {"stages": VERSIONS, "mitigations": stages.entries, "quantizers": {
         name: quantizer.version for name, quantizer in job.track.quantizers.items()}}  # type: ignore[attr-defined] # fmt: skip
     record = {
         "schema": SCHEMA,
-        "status": "finished" if training["reason"] is None else "diverged",
-        "reason": training["reason"],
+        "status": "finished" if trained["reason"] is None else "diverged",
+        "reason": trained["reason"],
         "recipe": {"name": job.recipe_name, "digest": digest(job.resolved), "title": job.recipe.title,
                    "resolved": job.resolved},
         "track": {"name": job.track_name, "digest": digest(_without(track, COSMETIC)), "title": job.track.title,
@@ -129,13 +162,13 @@ def experiment(job: Job, store: Store, compute: bool = True, say: Say = lambda *
         "data": data.digest,
         "versions": versions,
         "environment": here,
-        "cost": training["cost"],
-        "training": {key: training[key] for key in ("losses", "final-loss", "timeline")},
+        "cost": trained["cost"],
+        "training": {key: trained[key] for key in ("losses", "final-loss", "timeline")},
         "full-precision": None if full is None else _without(full, ("sequence-losses",)),
         "quantized": {n: _without(q, ("sequence-losses", "sequence-kl")) for n, q in quantized.items()},
     }  # fmt: skip
     run = {"date": datetime.now(UTC).isoformat(timespec="seconds"), "seconds": round(time.monotonic() - began, 1),
-           "stages": made, "machine": platform.machine(), **source()}  # fmt: skip
+           "stages": stages.seconds, "machine": platform.machine(), **source()}  # fmt: skip
     return record, run
 
 
@@ -205,10 +238,6 @@ class _Lazy:
         return Reference(model, self.data, self.job.track)
 
 
-class _Missing(Exception):
-    """A cell that has not been computed."""
-
-
 def _harnessed(job: Job, quantizer: str) -> bool:
     """Whether lm-eval scores this quantizer's model: the one that ranks, since a pass costs seconds."""
     return bool(job.track.evaluate.lm_eval_items) and quantizer in job.track.rank_by.values()
@@ -267,6 +296,11 @@ def source() -> dict[str, Any]:
 
     changed = git("status", "--porcelain", "--", ".")
     return {"commit": git("rev-parse", "HEAD"), "dirty": None if changed is None else bool(changed)}
+
+
+def pretraining_part(track: Track) -> dict[str, Any]:
+    """What of a track a checkpoint depends on."""
+    return _without(dump(track), AFTER_PRETRAINING)
 
 
 def first_seeds(track: Track, count: int) -> Track:

@@ -131,13 +131,31 @@ def _print_table(results: Path, track: str) -> None:
 
     from quantbench import leaderboard
 
-    header, *rows = leaderboard.table(results, track)
+    header, rows = leaderboard.table(results, track)
     table = Table(*header, title=f"{track}, ranked by damage", title_justify="left")
     for row in rows:
         table.add_row(*row)
     # A pipe has no width of its own: give it all the table needs.
     console = Console(markup=False) if sys.stdout.isatty() else Console(markup=False, width=240)
     console.print(table)
+
+
+def tune(arguments: argparse.Namespace) -> int:
+    """Find a recipe's learning rate by full-precision loss alone, on a seed outside the track's."""
+    from quantbench import tune as tuning
+    from quantbench.bench import default_jobs
+    from quantbench.recipe import load_recipe, load_track
+
+    track_name, track = load_track(arguments.track, root())
+    stopped = 0
+    for name, recipe in [load_recipe(given, root()) for given in arguments.recipe]:
+        workers = arguments.jobs or default_jobs()
+        record = tuning.tune(name, recipe, track_name, track, _store(), workers, lambda line: print(line, flush=True))
+        path = tuning.write(_results(arguments), record)
+        if record["best"] is None:
+            stopped = 4
+        print(f"{name}: best lr {record['best']}; state it as `lr: {{{track_name}: {record['best']}}}`; sweep in {path}")
+    return stopped
 
 
 def list_(arguments: argparse.Namespace) -> int:
@@ -251,6 +269,11 @@ def _parser() -> argparse.ArgumentParser:
                       help="change a key of the track, for exploring: goes to a scratch folder, never onto the leaderboard")  # fmt: skip
     runs.add_argument("--dry-run", action="store_true", help="say what would run, and what is there already")
     runs.add_argument("--accept", action="store_true", help="replace committed records that this run contradicts")
+    tunes = verb("tune", tune)
+    tunes.add_argument("recipe", nargs="+", metavar="RECIPE")
+    tunes.add_argument("--track", default="text")
+    tunes.add_argument("--jobs", type=int, metavar="N", help="runs at a time (default: one per core)")
+    tunes.add_argument("--results", metavar="DIR", help="where the sweep is recorded (default: results/)")
     verb("list", list_).add_argument("--json", action="store_true", help="one JSON object of lists of names")
     shows = verb("show", show)
     shows.add_argument("recipe", metavar="RECIPE")

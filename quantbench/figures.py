@@ -60,7 +60,7 @@ def relations(records: list[Record], figures: dict[str, Any]) -> bytes | None:
 
     columns = min(3, len(shown))
     rows = math.ceil(len(shown) / columns)
-    with _figure(2.6 * columns + 0.6, 2.2 * rows + 1.1) as figure:
+    with _figure(2.6 * columns + 0.8, 2.2 * rows + 1.1) as figure:
         grid = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
         for axes, quantizer in zip(grid.flat, shown, strict=False):
             _scatter(axes, runs, quantizer)
@@ -75,10 +75,10 @@ def relations(records: list[Record], figures: dict[str, Any]) -> bytes | None:
         legend_rows = math.ceil(len(styles) / (2 * columns))
         bottom = (0.55 + 0.17 * legend_rows) / figure.get_figheight()
         figure.legend(handles, list(styles), loc="lower center", ncols=min(len(styles), 2 * columns), frameon=False)
-        figure.subplots_adjust(0.62 / figure.get_figwidth(), bottom, 0.98, 1 - 0.3 / figure.get_figheight(), 0.08, 0.3)
+        figure.subplots_adjust(0.85 / figure.get_figwidth(), bottom, 0.98, 1 - 0.3 / figure.get_figheight(), 0.08, 0.3)
         middle = (bottom + 1) / 2
         figure.text(0.5, bottom - 0.38 / figure.get_figheight(), PEAK, ha="center", va="center")
-        figure.text(0.02, middle, ERROR, rotation=90, ha="center", va="center")
+        figure.text(0.15 / figure.get_figwidth(), middle, ERROR, rotation=90, ha="center", va="center")
         return _svg(figure)
 
 
@@ -86,10 +86,15 @@ def timeline(records: list[Record]) -> bytes | None:
     """The three signatures over training, a line per recipe (mean over seeds). None where nothing was logged."""
     runs = finished(records)
     styles = _styles(runs)
-    with _figure(9.6, max(3.2, 0.155 * len(styles) + 1.0)) as figure:
+    left, panel, gap = 0.6, 2.25, 0.65  # inches; right of the last panel there is room for the longest name
+    width = left + 3 * panel + 2 * gap + 0.35 + 0.062 * max(map(len, styles), default=0)
+    height = max(3.2, 0.155 * len(styles) + 1.0)
+    with _figure(width, height) as figure:
         last = None
         for place, (signature, (title, unit, scale)) in enumerate(SIGNATURES.items()):
-            axes = figure.add_axes((0.055 + 0.287 * place, 0.14, 0.235, 0.74))
+            axes = figure.add_axes(
+                ((left + place * (panel + gap)) / width, 0.5 / height, panel / width, 1 - 0.95 / height)
+            )
             axes.set_title(title, loc="left", fontweight="bold")
             axes.set_ylabel(unit)
             axes.set_xlabel("training step")
@@ -98,8 +103,8 @@ def timeline(records: list[Record]) -> bytes | None:
             for recipe, (colour, _) in styles.items():
                 course = _course([r for r in runs if r["recipe"]["name"] == recipe], signature, scale == "log")
                 if course:
-                    width, order = (1.8, 3) if recipe == BASELINE else (1.0, 2)
-                    axes.plot(*zip(*course, strict=True), color=colour, linewidth=width, zorder=order)
+                    thickness, order = (1.8, 3) if recipe == BASELINE else (1.0, 2)
+                    axes.plot(*zip(*course, strict=True), color=colour, linewidth=thickness, zorder=order)
                     ends[recipe] = course[-1]
             if ends:
                 last = (axes, ends)

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from hashlib import sha256
 from importlib import import_module
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Literal, TypeVar
 
 from quantbench import catalog, strict
 from quantbench.strict import Entries, Entry, KeyedError, Range
@@ -150,7 +150,7 @@ def available(folder: Path) -> list[str]:
     return sorted(path.stem for path in inside if NAME.fullmatch(path.stem))
 
 
-def digest(plain: dict[str, Any]) -> str:
+def digest(plain: object) -> str:
     """sha256 (hex) of the canonical JSON of a plain form (`strict.dump`)."""
     text = json.dumps(plain, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
     return sha256(text.encode()).hexdigest()

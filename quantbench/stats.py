@@ -134,16 +134,13 @@ def with_control(values: Mapping[str, Mapping[int, float]], control: str) -> dic
 
 def like_the_best(values: Mapping[str, Mapping[int, float]], best: str) -> set[str]:
     """The recipes that cannot be told from the best at 5% over all pairs: itself, and those nothing is known about."""
-    from scipy.stats import studentized_range
-
     model = fit(values, best)
     if model is None or model.variance <= 0.0:
         return {best, *values}
     alike = {best, *values} - set(model.recipes[1:])
     for recipe in model.recipes[1:]:
         difference, error = model.difference(recipe, best)
-        p = float(studentized_range.sf(abs(difference) / error * math.sqrt(2), len(model.recipes), model.freedom))
-        if p >= 1 - CONFIDENCE:
+        if tukey_cdf(abs(difference) / error * math.sqrt(2), len(model.recipes), model.freedom) <= CONFIDENCE:
             alike.add(recipe)
     return alike
 
@@ -174,6 +171,17 @@ def dunnett_cdf(t: float, k: int, freedom: int, rho: float) -> float:
     return float(np.clip(weight_S @ inside_SZ**k @ weight_Z, 0.0, 1.0))
 
 
+def tukey_cdf(q: float, k: int, freedom: int) -> float:
+    """P(range of k standard normals / S <= q), the studentized range: k times the chance that one of them, at Z, is
+    the largest and the others lie within q S below it."""
+    import numpy as np
+    from scipy.special import ndtr
+
+    scale_S, weight_S, largest_Z, weight_Z = _nodes(freedom)
+    within_SZ = ndtr(largest_Z)[None, :] - ndtr(largest_Z[None, :] - q * scale_S[:, None])
+    return float(np.clip(k * (weight_S @ within_SZ ** (k - 1) @ weight_Z), 0.0, 1.0))
+
+
 @cache
 def _nodes(freedom: int) -> tuple[Floats, Floats, Floats, Floats]:
     """Nodes and weights for S = chi/sqrt(freedom), Gauss-Legendre in log S over all but 1e-13 of its mass, and for
@@ -192,11 +200,11 @@ def _nodes(freedom: int) -> tuple[Floats, Floats, Floats, Floats]:
 
 def dunnett_quantile(probability: float, k: int, freedom: int, rho: float) -> float:
     """The critical value t at which `dunnett_cdf` reaches a probability."""
-    from scipy.optimize import brentq
     from scipy.special import stdtrit
 
     # Between one comparison and Bonferroni's bound on k.
     low, high = (float(stdtrit(freedom, 1 - (1 - probability) / 2 / count)) for count in (1, k))
-    if k == 1:
-        return low
-    return float(brentq(lambda t: dunnett_cdf(t, k, freedom, rho) - probability, low, high * 1.01, xtol=1e-10))
+    while high - low > 1e-9 * high:
+        middle = (low + high) / 2
+        low, high = (middle, high) if dunnett_cdf(middle, k, freedom, rho) < probability else (low, middle)
+    return high

@@ -41,32 +41,46 @@ class Outcome:
         return 3 if self.failed else 5 if self.differs else 4 if self.diverged else 0
 
 
-def sweep(jobs: list[Job], store: Store, results: Path, workers: int, accept: bool, tell: Callable[[str], None]) -> Outcome:
-    """Makes and writes every job's record; what is in the store already comes first and starts no worker."""
-    outcome, missing = Outcome(), []
+def sweep(
+    jobs: list[Job], store: Store, results: Path, workers: int, accept: bool, tell: Callable[[str], None]
+) -> Outcome:
+    """Makes and writes every job's record."""
+    outcome = Outcome()
+    for job, done in each(experiment, jobs, store, workers):
+        if isinstance(done, str):
+            outcome.failed[str(job)] = done
+            print(f"quantbench: {job}: {done}", file=sys.stderr)
+        else:
+            _keep(job, *done, results, accept, outcome, tell)
+    return outcome
+
+
+def each(function: Callable[..., Any], jobs: list[Job], store: Store, workers: int) -> Iterator[tuple[Job, Any]]:
+    """Every job with what `function(job, store, compute, say)` of `bench` gives, as they end; a text says why one failed.
+
+    What is in the store already comes first and starts no worker.
+    """
+    missing = []
     for job in jobs:
-        done = experiment(job, store, compute=False)
+        done = function(job, store, compute=False)
         if done is None:
             missing.append(job)
         else:
-            _keep(job, *done, results, accept, outcome, tell)
-    if missing:
-        with _progress(missing, tell) as report, _pool(min(workers, len(missing)), report) as pool:
-            futures: dict[Future[tuple[Record, Any]], Job] = {pool.submit(_work, j, store.root): j for j in missing}
-            for future in as_completed(futures):
-                job = futures[future]
-                try:
-                    record, run = future.result()
-                except BrokenProcessPool:
-                    outcome.failed[str(job)] = "its process was killed (out of memory?); run the command again to resume"
-                except Exception as error:  # noqa: BLE001 - one bad cell must not stop the sweep; it is reported
-                    outcome.failed[str(job)] = f"{type(error).__name__}: {error}"
-                else:
-                    _keep(job, record, run, results, accept, outcome, tell)
-                report(str(job), "done", 1, 1, "")
-    for name, reason in outcome.failed.items():
-        print(f"quantbench: {name}: {reason}", file=sys.stderr)
-    return outcome
+            yield job, done
+    if not missing:
+        return
+    with _progress(missing) as report, _pool(min(workers, len(missing)), report) as pool:
+        futures: dict[Future[Any], Job] = {pool.submit(_work, function, job, store.root): job for job in missing}
+        for future in as_completed(futures):
+            job = futures[future]
+            try:
+                done = future.result()
+            except BrokenProcessPool:
+                done = "its process was killed (out of memory?); run the command again to resume"
+            except Exception as error:  # noqa: BLE001 - one bad cell must not stop the sweep; it is reported
+                done = f"{type(error).__name__}: {error}"
+            report(str(job), "done", 1, 1, "")
+            yield job, done
 
 
 def _keep(
@@ -107,12 +121,10 @@ def _headline(record: Record) -> str:
 _reports: "SimpleQueue[Any] | None" = None
 
 
-def _work(job: Job, root: Path) -> tuple[Record, Any]:
+def _work(function: Callable[..., Any], job: Job, root: Path) -> Any:
     assert _reports is not None
     queue = _reports
-    done = experiment(job, Store(root), say=lambda *what: queue.put((str(job), *what)))
-    assert done is not None
-    return done
+    return function(job, Store(root), say=lambda *what: queue.put((str(job), *what)))
 
 
 def _start(parent: int, queue: "SimpleQueue[Any]") -> None:
@@ -168,7 +180,7 @@ def _pool(workers: int, report: Report) -> Iterator[ProcessPoolExecutor]:
 
 
 @contextmanager
-def _progress(jobs: list[Job], tell: Callable[[str], None]) -> Iterator[Report]:
+def _progress(jobs: list[Job]) -> Iterator[Report]:
     """Bars with loss, steps/s and time left on a terminal; a plain line now and then elsewhere."""
     if not sys.stderr.isatty():
         yield _Plain(jobs)

@@ -1,0 +1,70 @@
+"""The learning rate of a recipe on a track: the one with the lowest full-precision loss, never a quantized figure.
+
+Points lie half a decade apart around where the recipe starts; while the best is at an edge, the sweep goes on. Every
+point is a whole run of the track on a seed outside the track's. What is compared is the training loss over the last
+fiftieth of the steps: fresh sequences, the same for every point, and none of the held-out split.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from quantbench import bench, sweep
+from quantbench.bench import Job
+from quantbench.mitigations import Mitigation
+from quantbench.recipe import Recipe, Track
+from quantbench.results import canonical
+from quantbench.store import Store, atomic_write, digest
+
+SEED = 100  # no track's
+FURTHEST = 4  # steps of half a decade from the start
+
+
+def tune(
+    name: str, recipe: Recipe, track_name: str, track: Track, store: Store, workers: int, tell: Callable[[str], None]
+) -> dict[str, Any]:
+    """The sweep as a record: every point's loss (None: diverged or failed), and the best learning rate."""
+    assert SEED not in track.seeds
+    # Another optimizer has another scale: it starts from what its YAML says, with five points instead of three.
+    other = any(type(mitigation).optimizer is not Mitigation.optimizer for mitigation in recipe.mitigations.values())
+    start, reach = (recipe.lr.get(track_name, track.lr), 2) if other else (track.lr, 1)
+    losses: dict[int, float | None] = {}
+    while True:
+        todo = {}
+        for index in range(-reach, reach + 1):
+            if index not in losses:
+                lr = half_decades(start, index)
+                todo[lr] = index
+        jobs = [Job(f"{name} lr {lr:g}", replace(recipe, lr={track_name: lr}), track_name, track, SEED) for lr in todo]
+        for job, found in sweep.each(bench.training, jobs, store, workers):
+            diverged = isinstance(found, str) or found["reason"] is not None
+            losses[todo[job.lr]] = None if diverged else found["final-loss"]
+            tell(f"{name} lr {job.lr:g}: " + ("diverged" if diverged else f"loss {found['final-loss']:.4f}"))
+        usable = {index: loss for index, loss in losses.items() if loss is not None}
+        best = min(usable, key=lambda index: (usable[index], index)) if usable else None
+        if best is None or abs(best) < reach or reach == FURTHEST:
+            break
+        reach += 1
+    return {
+        "recipe": {"name": name, "mitigations": Job(name, recipe, track_name, track, SEED).resolved["mitigations"]},
+        "track": {"name": track_name, "digest": digest(bench.pretraining_part(track))},
+        "seed": SEED,
+        "points": [[half_decades(start, index), losses[index]] for index in sorted(losses)],
+        "best": None if best is None else half_decades(start, best),
+        "at-edge": best is not None and abs(best) == reach,
+        "environment": bench.environment(),
+    }
+
+
+def half_decades(start: float, index: int) -> float:
+    """start * 10^(index/2) to two significant digits."""
+    return float(f"{start * 10 ** (index / 2):.2g}") if index else start
+
+
+def write(results: Path, record: dict[str, Any]) -> Path:
+    """Puts the sweep beside the recipe's records, results/<track>/<recipe>/tune.json."""
+    path = results / record["track"]["name"] / record["recipe"]["name"] / "tune.json"
+    atomic_write(path, canonical(record | {"source": bench.source()}))
+    return path
+
