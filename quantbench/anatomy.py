@@ -7,6 +7,7 @@ Shapes: B sequences, T tokens, D residual features, H query heads, E features of
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -52,7 +53,7 @@ class Anatomy:
         }
 
 
-def anatomy(model: nn.Module) -> Anatomy:
+def anatomy(model: Any) -> Anatomy:
     """The anatomy of a causal LM. ValueError for an architecture that this file does not know."""
     kind = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
     if kind == "quantbench":

@@ -15,12 +15,14 @@ from torch import Tensor, nn
 
 
 @lru_cache(maxsize=16)
+@torch.inference_mode(False)  # what is first asked for under inference mode must serve training, too
 def causal(length: int, device: torch.device) -> Tensor:
     """Plainly causal visibility, [T, T], True where the query may look."""
     return torch.ones(length, length, dtype=torch.bool, device=device).tril()
 
 
 @lru_cache(maxsize=16)
+@torch.inference_mode(False)
 def causal_bias(length: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """The same as a term to add to the scores: 0 where visible, -inf where not, [T, T]."""
     return torch.zeros(length, length, dtype=dtype, device=device).masked_fill(~causal(length, device), -torch.inf)

@@ -15,7 +15,7 @@ import platform
 import subprocess
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cache, cached_property
 from importlib import metadata
@@ -303,11 +303,11 @@ def pretraining_part(track: Track) -> dict[str, Any]:
     return _without(dump(track), AFTER_PRETRAINING)
 
 
-def first_seeds(track: Track, count: int) -> Track:
-    """The track with its first `count` seeds; ValueError where it has fewer."""
+def first_seeds(track: Track, count: int) -> tuple[int, ...]:
+    """The first `count` seeds of a track; ValueError where it has fewer."""
     if not 1 <= count <= len(track.seeds):
         raise ValueError(f"--seeds {count}: the track has {len(track.seeds)} seeds; ask for 1 to {len(track.seeds)}")
-    return replace(track, seeds=track.seeds[:count])
+    return track.seeds[:count]
 
 
 def default_jobs() -> int:

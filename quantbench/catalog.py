@@ -6,6 +6,7 @@ fields are its parameters in YAML (`weight-decay: 0.1` sets the field `weight_de
 """
 
 from importlib import import_module
+from typing import Any
 
 AXES: dict[str, dict[str, str]] = {
     "tasks": {
@@ -51,7 +52,7 @@ def names(axis: str) -> list[str]:
     return list(AXES[axis])
 
 
-def load(axis: str, name: str) -> type:
+def load(axis: str, name: str) -> Any:
     """The entry class behind a name. KeyError where the axis has no such name."""
     module, _, attribute = AXES[axis][name].partition(":")
     return getattr(import_module(f"quantbench.{axis}.{module}"), attribute)

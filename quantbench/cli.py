@@ -83,7 +83,8 @@ def bench(arguments: argparse.Namespace) -> int:
     outcome = sweep(jobs, store, results, workers, arguments.accept, lambda line: print(line, flush=True))
     if not scratch:
         _render(results)
-    _print_table(results, arguments.track)
+    if len(outcome.failed) < len(jobs):
+        _print_table(results, arguments.track)
     where = f"{results}" + (" (exploring: never on the leaderboard)" if scratch else "")
     print(
         f"{len(outcome.written)} records written, {len(outcome.identical)} reproduced byte for byte, "
@@ -97,11 +98,11 @@ def _jobs(arguments: argparse.Namespace) -> "list[Job]":
     from quantbench.bench import Job, first_seeds
     from quantbench.recipe import load_recipe, load_track
 
-    track_name, track = load_track(arguments.track, root(), arguments.set)
-    if arguments.seeds is not None:
-        track = first_seeds(track, arguments.seeds)
+    # Recipes first: most of them load nothing heavy, while every track loads its quantizers.
     recipes = dict(load_recipe(name, root()) for name in dict.fromkeys(["baseline", *arguments.recipe]))
-    return [Job(name, recipe, track_name, track, seed) for seed in track.seeds for name, recipe in recipes.items()]
+    track_name, track = load_track(arguments.track, root(), arguments.set)
+    seeds = track.seeds if arguments.seeds is None else first_seeds(track, arguments.seeds)
+    return [Job(name, recipe, track_name, track, seed) for seed in seeds for name, recipe in recipes.items()]
 
 
 def _results(arguments: argparse.Namespace) -> Path:
@@ -112,7 +113,8 @@ def _dry_run(jobs: "list[Job]", store: "Store", results: Path) -> int:
     from quantbench.bench import experiment
 
     for job in jobs:
-        state = "to compute" if experiment(job, store, compute=False) is None else "in the store"
+        there = job.track.task.ready(store.root) and experiment(job, store, compute=False) is not None  # type: ignore[attr-defined]
+        state = "in the store" if there else "to compute"
         print(f"{job}: lr {job.lr:g}, {job.track.steps} steps, {len(job.track.quantizers)} quantizers: {state}")
     print(f"records would go to {results}")
     return 0
@@ -121,8 +123,10 @@ def _dry_run(jobs: "list[Job]", store: "Store", results: Path) -> int:
 def _render(results: Path) -> None:
     from quantbench import leaderboard
 
-    readme = results.parent / "README.md"
-    leaderboard.write(results, readme if readme.is_file() else None)
+    # The page beside results/ is the project's own, with a block for its table; beside any other folder it is not ours.
+    readme = root() / "README.md"
+    ours = results.resolve() == root() / "results" and readme.is_file()
+    leaderboard.write(results, readme if ours else None)
 
 
 def _print_table(results: Path, track: str) -> None:
@@ -154,7 +158,9 @@ def tune(arguments: argparse.Namespace) -> int:
         path = tuning.write(_results(arguments), record)
         if record["best"] is None:
             stopped = 4
-        print(f"{name}: best lr {record['best']}; state it as `lr: {{{track_name}: {record['best']}}}`; sweep in {path}")
+        print(
+            f"{name}: best lr {record['best']}; state it as `lr: {{{track_name}: {record['best']}}}`; sweep in {path}"
+        )
     return stopped
 
 
@@ -184,7 +190,9 @@ def show(arguments: argparse.Namespace) -> int:
 
     name, recipe = load_recipe(arguments.recipe, root())
     track_name, track = load_track(arguments.track, root())
-    mine, baseline = (Job(n, r, track_name, track, 0).resolved for n, r in ((name, recipe), load_recipe("baseline", root())))
+    mine, baseline = (
+        Job(n, r, track_name, track, 0).resolved for n, r in ((name, recipe), load_recipe("baseline", root()))
+    )
     print(f"{name}: {recipe.title}\n{recipe.why}" + (f"\n{recipe.paper}" if recipe.paper else ""))
     print("\ndiffers from the baseline in:")
     differences = {key: value for key, value in mine.items() if value != baseline[key]}
@@ -249,8 +257,17 @@ def store(arguments: argparse.Namespace) -> int:
 # --- arguments -------------------------------------------------------------------------------------------------------
 
 
+def _count(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{number}: 1 or more is needed")
+    return number
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="quantbench", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="quantbench", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument("--version", action="version", version=f"quantbench {__version__}")
     verbs = parser.add_subparsers(metavar="VERB", required=True)
 
@@ -260,10 +277,14 @@ def _parser() -> argparse.ArgumentParser:
         return added
 
     runs = verb("bench", bench)
-    runs.add_argument("recipe", nargs="+", metavar="RECIPE", help="names of recipes (see `quantbench list`), or YAML files")
+    runs.add_argument(
+        "recipe", nargs="+", metavar="RECIPE", help="names of recipes (see `quantbench list`), or YAML files"
+    )
     runs.add_argument("--track", default="text", help="what is held equal (default: text)")
     runs.add_argument("--seeds", type=int, metavar="N", help="the first N seeds of the track (default: all)")
-    runs.add_argument("--jobs", type=int, metavar="N", help="runs at a time, one thread each (default: one per core)")
+    runs.add_argument(
+        "--jobs", type=_count, metavar="N", help="runs at a time, one thread each (default: one per core)"
+    )
     runs.add_argument("--results", metavar="DIR", help="where records and tables go (default: results/)")
     runs.add_argument("--set", action="append", default=[], metavar="KEY=VALUE",
                       help="change a key of the track, for exploring: goes to a scratch folder, never onto the leaderboard")  # fmt: skip
@@ -272,7 +293,7 @@ def _parser() -> argparse.ArgumentParser:
     tunes = verb("tune", tune)
     tunes.add_argument("recipe", nargs="+", metavar="RECIPE")
     tunes.add_argument("--track", default="text")
-    tunes.add_argument("--jobs", type=int, metavar="N", help="runs at a time (default: one per core)")
+    tunes.add_argument("--jobs", type=_count, metavar="N", help="runs at a time (default: one per core)")
     tunes.add_argument("--results", metavar="DIR", help="where the sweep is recorded (default: results/)")
     verb("list", list_).add_argument("--json", action="store_true", help="one JSON object of lists of names")
     shows = verb("show", show)
@@ -283,7 +304,9 @@ def _parser() -> argparse.ArgumentParser:
     relates = verb("relation", relation)
     relates.add_argument("--results", metavar="DIR")
     relates.add_argument("--json", action="store_true", help="one JSON object")
-    verb("store", store).add_argument("--prune", action="store_true", help="drop partial work and cells unused for 30 days")
+    verb("store", store).add_argument(
+        "--prune", action="store_true", help="drop partial work and cells unused for 30 days"
+    )
     return parser
 
 

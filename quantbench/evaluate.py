@@ -10,7 +10,9 @@ Shapes: B sequences of a batch, N all held-out sequences, T positions, V vocabul
 import copy
 import logging
 import math
+import os
 from collections.abc import Iterator
+from contextlib import redirect_stderr
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -164,7 +166,8 @@ def nll(log_probabilities_BTV: Tensor, ids_BT: Tensor) -> Tensor:
 def quality(nll_NT: Tensor, reference: Reference) -> Figures:
     """Mean loss, perplexity and bits per byte; None where the model overflowed or the task is no text."""
     loss = _finite(float(nll_NT.double().mean()))
-    perplexity = None if loss is None else _finite(float(np.exp(loss)))
+    with np.errstate(over="ignore"):
+        perplexity = None if loss is None else _finite(float(np.exp(loss)))
     size = reference.data.bytes_of(reference.ids_NT[:, 1:])
     bits = None if loss is None or not size else loss * nll_NT.numel() / math.log(2) / size
     return {"loss": loss, "perplexity": perplexity, "bits-per-byte": bits}
@@ -202,7 +205,12 @@ def harness(model: nn.Module, reference: Reference) -> Figures:
     )
     length, items = reference.track.length, reference.track.evaluate.lm_eval_items
     lm = HFLM(
-        pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=BATCH, max_length=length, device=str(reference.device)
+        pretrained=model,
+        tokenizer=tokenizer,
+        backend="causal",
+        batch_size=BATCH,
+        max_length=length,
+        device=str(reference.device),
     )
     documents = reference.data.documents(items * 2)  # type: ignore[attr-defined]
     passages, questions = cut(documents[:items], tokenizer, length), last_words(documents, tokenizer, length, items)
@@ -214,7 +222,8 @@ def harness(model: nn.Module, reference: Reference) -> Figures:
                            doc_to_text="<bos>{{context}}", doc_to_choice="{{choices}}", doc_to_target="{{gold}}",
                            metric_list=[{"metric": "acc", "aggregation": "mean", "higher_is_better": True}]),
     }  # fmt: skip
-    found = evaluate(lm=lm, task_dict=tasks, bootstrap_iters=0, log_samples=False)["results"]
+    with open(os.devnull, "w") as nowhere, redirect_stderr(nowhere):  # its progress bars know no other way
+        found = evaluate(lm=lm, task_dict=tasks, bootstrap_iters=0, log_samples=False)["results"]
     right = found["last-word"]["acc,none"]
     return {
         "held-out-bits-per-byte": found["passages"]["bits_per_byte,none"],

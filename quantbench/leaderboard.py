@@ -265,7 +265,7 @@ def relation_table(related: dict[str, Any]) -> Table:
     rows = []
     for quantizer, by_predictor in related.items():
         for predictor, found in by_predictor.items():
-            if found["n"]:
+            if found["n"] > 2:
                 counts = [str(found[name]) for name in ("n", "recipes", "clusters")]
                 r2 = found["leave-one-recipe-out-r2"]
                 rows.append([quantizer, predictor, *counts, *(_estimate(found[name]) for name in names), _plain(r2)])
@@ -377,7 +377,7 @@ def _harness_facts(track: Board) -> str:
         r["full-precision"]["lm-eval"] for row in track.rows for r in row.records if r["full-precision"]["lm-eval"]
     ]
     items, chance = facts[0].get("last-word-items"), facts[0].get("last-word-chance")
-    return f"accuracy, {_plain(items)} items, chance {_plain(chance)}"
+    return f"accuracy, {'–' if items is None else f'{items:,.0f}'} items, chance {_plain(chance)}"
 
 
 def _with_block(readme: Path, results_root: Path, boards: list[Board]) -> bytes:
@@ -535,7 +535,8 @@ def _harmless(text: str) -> str:
 def _markdown(shown: Table) -> str:
     header, rows = shown
     numeric = [
-        all(not row[i] or row[i][0] in "0123456789−–<×" for row in rows) and header[i] not in ("recipe", "notes")
+        all(not row[i] or row[i][0] in "0123456789−–<×" or row[i] == "undefined" for row in rows)
+        and header[i] not in ("recipe", "notes")
         for i in range(len(header))
     ]
     lines = [header, ["--:" if right else "---" for right in numeric]]

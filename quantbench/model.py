@@ -92,7 +92,7 @@ class Attention(nn.Module):
             k, v = cache.update(k, v, self.layer)
         if self.scores.watched or self.probabilities.watched:
             seen = causal(T, x_BTD.device) if visible is None else visible
-            y_BHTE = self.probabilities(self.form(self.scores(scores(q, k)), seen)) @ v
+            y_BHTE = self.probabilities(self.form(self.scores(scores(q, k)), seen)).to(v.dtype) @ v
         else:
             y_BHTE = self.form.attend(q, k, v, visible)
         y_BHTE = self.output(y_BHTE, x_BTD, own_v)
@@ -131,6 +131,8 @@ class Block(nn.Module):
 
 
 class QuantbenchModel(PreTrainedModel, GenerationMixin):
+    """The decoder as a causal LM of transformers: `from_pretrained`, `generate`, `save_pretrained`."""
+
     config_class = QuantbenchConfig
     main_input_name = "input_ids"
     _no_split_modules = ["Block"]
@@ -140,11 +142,10 @@ class QuantbenchModel(PreTrainedModel, GenerationMixin):
         super().__init__(config)
         mitigation = config.mitigation()
         self.embed = nn.Embedding(config.vocab_size, config.width)
-        self.places = (
-            nn.Embedding(config.max_position_embeddings, config.width) if config.positions == "learned" else None
-        )
-        self.projection = mitigation.embedding(config)
         self.front = mitigation.inputs(config)
+        places = config.max_position_embeddings + (0 if self.front is None else self.front(1).shape[1])
+        self.places = nn.Embedding(places, config.width) if config.positions == "learned" else None
+        self.projection = mitigation.embedding(config)
         self.embedded = Site()
         self.blocks = nn.ModuleList(Block(config, mitigation, layer) for layer in range(config.layers))
         self.norm = mitigation.norm(config)
@@ -179,12 +180,12 @@ class QuantbenchModel(PreTrainedModel, GenerationMixin):
             past_key_values = DynamicCache()
         past = past_key_values.get_seq_length() if past_key_values is not None else 0
         x_BTD = self.projection.enter(x_BTD)
-        front = 0 if self.front is None else self.config.front
-        if front and past == 0:
-            x_BTD = torch.cat((self.front(len(x_BTD)), x_BTD), 1)
+        front_BRD = None if self.front is None else self.front(len(x_BTD))
+        if front_BRD is not None and past == 0:
+            x_BTD = torch.cat((front_BRD, x_BTD), 1)
         B, T, _ = x_BTD.shape
-        if attention_mask is not None and front:
-            attention_mask = F.pad(attention_mask, (front, 0), value=1)
+        if attention_mask is not None and front_BRD is not None:
+            attention_mask = F.pad(attention_mask, (front_BRD.shape[1], 0), value=1)
         if attention_mask is not None:
             positions_BT = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -T:]
         else:
@@ -199,8 +200,8 @@ class QuantbenchModel(PreTrainedModel, GenerationMixin):
         for block in self.blocks:
             x_BTD = block(x_BTD, turn, visible, past_key_values)
         x_BTD = self.projection.leave(self.norm(x_BTD))
-        if front and past == 0:
-            x_BTD = x_BTD[:, front:]
+        if front_BRD is not None and past == 0:
+            x_BTD = x_BTD[:, front_BRD.shape[1] :]
         logits_BTV = self.head(x_BTD[:, -logits_to_keep:] if logits_to_keep else x_BTD)
         loss = None
         if labels is not None:

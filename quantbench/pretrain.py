@@ -60,7 +60,7 @@ def pretrain(
     """Trains one model, or goes on from the newest whole checkpoint in `work`."""
     model = build(mitigations, track, data)
     initialise(model, seed)
-    model.to(device).train()
+    nn.Module.to(model, device).train()
     mitigation = model.config.mitigation()
     settings = Settings(lr, track.weight_decay, track.betas, track.lr * track.weight_decay)
     optimizer = mitigation.optimizer(model, settings)

@@ -117,6 +117,14 @@ class Track:
         if self.warmup > self.steps:
             raise KeyedError(f"'warmup' ({self.warmup}) must be at most 'steps' ({self.steps})", "warmup", "steps")
 
+    def check_entries(self) -> None:
+        """ValueError where a quantizer cannot work on this decoder's Linears: told before hours of pretraining."""
+        for name, quantizer in self.quantizers.items():
+            try:
+                quantizer.check([self.model.width, self.model.mlp_width])  # type: ignore[attr-defined]
+            except ValueError as error:
+                raise KeyedError(f"{name}: {error}", f"quantizers.{name}") from error
+
 
 def load_recipe(name: str | Path, root: Path, sets: Sequence[str] = ()) -> tuple[str, Recipe]:
     """A recipe and its name, by the name (recipes/<name>.yaml under the root) or by a path that ends in .yaml.

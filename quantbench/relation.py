@@ -160,11 +160,13 @@ def _ranks(weights_BN: Floats, values_N: Floats) -> Floats:
 
 def _covariance(weights_BN: Floats, a: Floats, b: Floats) -> Floats:
     """Weighted covariance of each row; a and b are [N] or [B, N]."""
+    import numpy as np
+
     total = weights_BN.sum(1, keepdims=True)
     a_centred = a - (weights_BN * a).sum(1, keepdims=True) / total
     b_centred = b - (weights_BN * b).sum(1, keepdims=True) / total
     covariance: Floats = (weights_BN * a_centred * b_centred).sum(1) / total[:, 0]
-    return covariance
+    return np.where(np.abs(covariance) > 1e-20, covariance, 0.0)  # of constants: 0, not rounding
 
 
 def _correlation(weights_BN: Floats, a: Floats, b: Floats) -> Floats:

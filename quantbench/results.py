@@ -47,6 +47,7 @@ text, integer, mapping, sequence = _of(str, "text"), _of(int, "an integer"), _of
 
 
 def number(value: Any, where: str) -> None:
+    """A finite number; true and false are none."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         raise ResultsError(f"{where}: a finite number is needed, not {_short(value)}")
 
@@ -251,7 +252,7 @@ def write(
     """Writes a record and the facts of its run, unless the record there has the same inputs and other numbers.
 
     In that case ("differs") the committed record stays, until `accept` says that the new one is right. One of
-    other inputs (digests, versions, environment class) is replaced.
+    other inputs (digests, versions, environment class), or of the same numbers under another title, is replaced.
     """
     validate(record)
     path = path_of(root, record)
@@ -259,7 +260,8 @@ def write(
     if path.exists():
         if path.read_bytes() == canonical(record):
             return "identical"
-        if not accept and _inputs(read(path)) == _inputs(record):
+        old = None if accept else read(path)
+        if old is not None and _inputs(old) == _inputs(record) and _outputs(old) != _outputs(record):
             return "differs"
         state = "replaced"
     # The record last: while it is missing, or the old one, the run counts as not yet written.
@@ -271,6 +273,11 @@ def write(
 def _inputs(record: Record) -> list[Any]:
     """What decides a record's numbers."""
     return [record["recipe"]["digest"], *digests(record), record["versions"], record["environment"]]
+
+
+def _outputs(record: Record) -> Record:
+    """The numbers, without titles and what else a digest leaves out: a track may be given more seeds."""
+    return {key: value for key, value in record.items() if key not in ("recipe", "track")}
 
 
 def _refuse_constant(name: str) -> float:

@@ -198,6 +198,7 @@ def _nodes(freedom: int) -> tuple[Floats, Floats, Floats, Floats]:
     return np.exp(u), w * (high - low) / 2 * density, z, np.exp(-z * z / 2) / math.sqrt(2 * math.pi) * (z[1] - z[0])
 
 
+@cache
 def dunnett_quantile(probability: float, k: int, freedom: int, rho: float) -> float:
     """The critical value t at which `dunnett_cdf` reaches a probability."""
     from scipy.special import stdtrit

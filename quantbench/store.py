@@ -23,7 +23,7 @@ import stat
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 Json = Mapping[str, object]
@@ -275,10 +275,8 @@ def _no_link(path: str, flags: int) -> int:
 
 def _used(folder: Path) -> Path:
     """Notes the time of use, for `prune`."""
-    try:
+    with suppress(PermissionError):  # somebody else's store, which we may read: its owner prunes it
         os.utime(folder)
-    except PermissionError:
-        pass  # somebody else's store, which we may read: its owner prunes it
     return folder
 
 

@@ -51,12 +51,13 @@ def sweep(
             outcome.failed[str(job)] = done
             print(f"quantbench: {job}: {done}", file=sys.stderr)
         else:
-            _keep(job, *done, results, accept, outcome, tell)
+            record, run = done
+            _keep(job, record, run, results, accept, outcome, tell)
     return outcome
 
 
 def each(function: Callable[..., Any], jobs: list[Job], store: Store, workers: int) -> Iterator[tuple[Job, Any]]:
-    """Every job with what `function(job, store, compute, say)` of `bench` gives, as they end; a text says why one failed.
+    """Every job with what `function(job, store, compute, say)` of `bench` gives, as they end; text: why it failed.
 
     What is in the store already comes first and starts no worker.
     """
@@ -133,7 +134,6 @@ def _start(parent: int, queue: "SimpleQueue[Any]") -> None:
     _reports = queue
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
     import torch
-
     from transformers.utils import logging
 
     from quantbench.pretrain import steady_memory

@@ -12,7 +12,7 @@ from typing import Any
 
 from quantbench import bench, sweep
 from quantbench.bench import Job
-from quantbench.mitigations import Mitigation
+from quantbench.mitigations import seams
 from quantbench.recipe import Recipe, Track
 from quantbench.results import canonical
 from quantbench.store import Store, atomic_write, digest
@@ -27,7 +27,7 @@ def tune(
     """The sweep as a record: every point's loss (None: diverged or failed), and the best learning rate."""
     assert SEED not in track.seeds
     # Another optimizer has another scale: it starts from what its YAML says, with five points instead of three.
-    other = any(type(mitigation).optimizer is not Mitigation.optimizer for mitigation in recipe.mitigations.values())
+    other = any("optimizer" in seams(mitigation) for mitigation in recipe.mitigations.values())  # type: ignore[arg-type]
     start, reach = (recipe.lr.get(track_name, track.lr), 2) if other else (track.lr, 1)
     losses: dict[int, float | None] = {}
     while True:

@@ -27,6 +27,12 @@ def finished(store: Store, inputs: dict[str, object] | None = None) -> Path:
         return cell.commit(FILES)
 
 
+def interrupted(store: Store, inputs: dict[str, object]) -> None:
+    """A run that ends before its commit."""
+    with store.cell("pretrain", inputs) as cell:
+        (cell.work / "step-500").write_bytes(b"weights")
+
+
 def strays(root: Path) -> list[str]:
     return sorted(p.name for p in root.rglob("*") if p.name.startswith(".tmp-") or p.suffix == ".work")
 
@@ -40,7 +46,7 @@ def start(code: str, *arguments: object) -> subprocess.Popen[str]:
 
 def kill_at_random(code: str, path: Path, generator: random.Random, longest: float = 0.03) -> None:
     with start(code, path) as child:
-        assert child.stdout is not None and child.stdout.readline() == "ready\n"
+        assert (child.stdout and child.stdout.readline()) == "ready\n"
         time.sleep(generator.uniform(0, longest))
         child.send_signal(signal.SIGKILL)
 
@@ -58,7 +64,8 @@ def test_a_committed_cell_is_found_again_with_its_bytes(tmp_path: Path) -> None:
         copied.write_bytes(b"x" * 3_000_000)
         assert cell.commit({**FILES, "copied": copied}) == cell.path
     path = Store(tmp_path).load("pretrain", dict(reversed(INPUTS.items())))
-    assert path == cell.path and path is not None
+    assert path is not None
+    assert path == cell.path
     assert {p.name: p.read_bytes() for p in path.iterdir() if p.name != "cell.json"} == {
         **FILES,
         "copied": b"x" * 3_000_000,
@@ -68,9 +75,7 @@ def test_a_committed_cell_is_found_again_with_its_bytes(tmp_path: Path) -> None:
 
 def test_partial_work_survives_until_the_commit(tmp_path: Path) -> None:
     store = Store(tmp_path)
-    with pytest.raises(KeyboardInterrupt), store.cell("pretrain", INPUTS) as cell:
-        (cell.work / "step-500").write_bytes(b"weights")
-        raise KeyboardInterrupt
+    interrupted(store, INPUTS)
     assert store.load("pretrain", INPUTS) is None
     with store.cell("pretrain", INPUTS) as cell:
         assert (cell.work / "step-500").read_bytes() == b"weights"
@@ -126,7 +131,7 @@ def repr_of(value: object) -> str:
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), {1: "a"}, {"a": b"bytes"}, {"a": {2}}])
 def test_what_json_cannot_hold_exactly_is_refused(tmp_path: Path, value: object) -> None:
-    with pytest.raises(ValueError, match="JSON|must be text"):
+    with pytest.raises(ValueError, match=r"JSON|must be text"):
         Store(tmp_path).load("pretrain", {"value": value})
 
 
@@ -297,7 +302,7 @@ def test_the_second_run_waits_says_so_once_and_finds_the_cell(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with start(HOLDER.replace("sys.stdin.readline()", "time.sleep(1.6)"), tmp_path) as child:
-        assert child.stdout is not None and child.stdout.readline() == "ready\n"
+        assert (child.stdout and child.stdout.readline()) == "ready\n"
         with Store(tmp_path).cell("pretrain", {"seed": 0}) as cell:
             assert cell.path is not None
             assert (cell.path / "by").read_bytes() == b"first"
@@ -328,15 +333,14 @@ def test_prune_takes_the_old_and_the_partial_but_nothing_held(tmp_path: Path) ->
     old, new = finished(store), finished(store, {"seed": 1})
     long_ago = time.time() - 40 * 86400
     os.utime(old, (long_ago, long_ago))
-    with pytest.raises(RuntimeError), store.cell("pretrain", {"seed": 2}) as cell:
-        (cell.work / "step-500").touch()
-        raise RuntimeError
+    interrupted(store, {"seed": 2})
     with store.cell("pretrain", {"seed": 3}) as held:
         (held.work / "step-500").touch()
         assert store.prune(days=30) == 1
         assert strays(tmp_path) == [held.work.name]
         held.commit(FILES)
-    assert not old.exists() and new.exists()
+    assert not old.exists()
+    assert new.exists()
     assert store.load("pretrain", {"seed": 3}) is not None
 
 
@@ -368,7 +372,7 @@ def test_a_write_past_the_limit_leaves_the_old_and_names_the_file(tmp_path: Path
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, hard))
     try:
-        with pytest.raises(OSError, match="record.json") as caught:
+        with pytest.raises(OSError, match=r"record\.json") as caught:
             atomic_write(tmp_path / "record.json", bytes(1 << 20))
         assert caught.value.errno == errno.EFBIG
         with store.cell("pretrain", {"seed": 1}) as cell:

@@ -114,7 +114,7 @@ class Mitigation:
 
     def optimizer(self, model: nn.Module, settings: Settings) -> torch.optim.Optimizer:
         """AdamW; weight decay on matrices, none on gains and biases."""
-        return adamw(model, settings.lr, settings.weight_decay, settings.betas)
+        return decoupled_adam(model, settings.lr, settings.weight_decay, settings.betas)
 
     def penalty(self, blocks_BTD: Sequence[Tensor]) -> Tensor | None:
         """A scalar to add to the loss, from the outputs of the blocks; None where there is none."""
@@ -158,7 +158,9 @@ class LayerNorm(nn.LayerNorm):
         super().__init__(width, eps=1e-5, bias=True)
 
 
-def adamw(model: nn.Module, lr: float, weight_decay: float, betas: tuple[float, float]) -> torch.optim.Optimizer:
+def decoupled_adam(
+    model: nn.Module, lr: float, weight_decay: float, betas: tuple[float, float]
+) -> torch.optim.Optimizer:
     """AdamW (arXiv:1711.05101) with weight decay on matrices only, one fused kernel a step."""
     matrices, others = by_shape(model)
     groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from quantbench.mitigations import Mitigation, Settings, adamw
+from quantbench.mitigations import Mitigation, Settings, decoupled_adam
 
 
 @dataclass(frozen=True)
@@ -19,4 +19,4 @@ class AdamW(Mitigation):
 
     def optimizer(self, model: nn.Module, settings: Settings) -> torch.optim.Optimizer:
         decay = settings.weight_decay if self.weight_decay is None else self.weight_decay
-        return adamw(model, settings.lr * self.lr_scale, decay, settings.betas)
+        return decoupled_adam(model, settings.lr * self.lr_scale, decay, settings.betas)

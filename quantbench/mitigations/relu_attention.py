@@ -50,6 +50,7 @@ class Relu(Form):
 
 
 @lru_cache(maxsize=16)
+@torch.inference_mode(False)
 def factor(length: int, features: int, power: float, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Mask, normaliser and 1/sqrt(E) in one matrix: relu(s x) = s relu(x) for s > 0, [T, T]."""
     visible = causal(length, device)

@@ -76,3 +76,7 @@ class Task:
     def open(self, cache: Path) -> Data:
         """The data, made on the first call and kept under `cache`; ValueError names what is missing."""
         raise NotImplementedError
+
+    def ready(self, cache: Path) -> bool:
+        """Whether `open` has nothing to make."""
+        return True

@@ -53,14 +53,21 @@ class Text(Task):
     vocab: Annotated[int, Range(258, 65536)] = 512  # 256 bytes, 2 special tokens, the rest merges
 
     def open(self, cache: Path) -> "Corpus":
-        source = _Folder(self.folder) if self.folder else _Packages(self.packages, self.domain)
-        inputs = {"version": VERSION, "source": source.identity(), "vocab": self.vocab}
+        source, inputs = self._source()
         store = Store(cache)
         found = store.load("text", inputs)
         if found is None:
             with store.cell("text", inputs) as cell:
                 found = cell.path or cell.commit(_build(source, self.vocab))
         return Corpus(found)
+
+    def ready(self, cache: Path) -> bool:
+        return Store(cache).load("text", self._source()[1]) is not None
+
+    def _source(self) -> "tuple[_Packages | _Folder, dict[str, object]]":
+        """Where the text comes from, and what its cell depends on."""
+        source = _Folder(self.folder) if self.folder else _Packages(self.packages, self.domain)
+        return source, {"version": VERSION, "source": source.identity(), "vocab": self.vocab}
 
 
 class Corpus(Data):

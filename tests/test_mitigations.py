@@ -1,0 +1,348 @@
+"""The contract of a mitigation over the whole catalog, the formulas of each by hand, and how they combine."""
+
+import itertools
+import math
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny import ENTRIES, EVERY, MODELS, RECIPES, Mitigations, gaussian, ids, model, track
+from torch import Tensor, nn
+
+from quantbench import catalog
+from quantbench.attention import causal
+from quantbench.mitigations import SEAMS, Mitigation, Settings, by_shape, combine, seams
+from quantbench.mitigations.adamw import AdamW
+from quantbench.mitigations.relu_attention import Relu, ReluAttention
+from quantbench.mitigations.sgd import SGD
+from quantbench.model import QuantbenchConfig
+from quantbench.pretrain import pretrain, schedule
+from quantbench.tasks.bigram_backcopy import BigramBackcopy
+
+entries = pytest.mark.parametrize("name", ENTRIES)
+recipes = pytest.mark.parametrize("name", [name for name in RECIPES if name != "baseline"])
+every = pytest.mark.parametrize("mitigations", EVERY.values(), ids=EVERY.keys())
+models = pytest.mark.parametrize("mitigations", MODELS.values(), ids=MODELS.keys())
+
+CPU = torch.device("cpu")
+HERE = Settings(lr=0.1, weight_decay=0.5, betas=(0.9, 0.95), shrink=0.02)
+
+
+def trained(
+    mitigations: Mitigations, work: Path, steps: int = 2, **changes: Any
+) -> tuple[list[float], dict[str, Tensor]]:
+    """Losses and parameters after a few steps."""
+    tiny = track(steps=steps, warmup=0, timeline=0, **changes)
+    done = pretrain(mitigations, tiny.lr, tiny, 0, BigramBackcopy().open(work), work, CPU)
+    return done.losses, done.model.state_dict()
+
+
+def form(mitigations: Mitigations) -> nn.Module:
+    config = QuantbenchConfig(mitigations=mitigations)
+    return config.mitigation().weights(config)
+
+
+# The contract, for every entry of the catalog
+
+
+@entries
+def test_it_overrides_a_seam_and_states_its_version(name: str) -> None:
+    entry = ENTRIES[name]()
+    assert seams(entry)
+    assert set(seams(entry)) <= set(SEAMS)
+    assert isinstance(entry.version, int)
+    assert catalog.entry_name("mitigations", entry) == name
+
+
+@entries
+def test_some_recipe_uses_it(name: str) -> None:
+    assert any(name in mitigations for mitigations in RECIPES.values())
+
+
+@every
+def test_it_comes_back_from_the_config_as_it_was(mitigations: Mitigations) -> None:
+    config = QuantbenchConfig.from_dict(QuantbenchConfig(mitigations=mitigations).to_dict())
+    assert {name: asdict(ENTRIES[name](**kw)) for name, kw in config.mitigations.items()} == mitigations
+    overridden = [seam for name, kw in mitigations.items() for seam in seams(ENTRIES[name](**kw))]
+    assert sorted(vars(config.mitigation())) == sorted(overridden)
+
+
+@every
+def test_two_steps_change_the_loss(mitigations: Mitigations, tmp_path: Path) -> None:
+    losses, _ = trained(mitigations, tmp_path, steps=3)
+    assert len(set(losses)) == 3
+    assert all(math.isfinite(loss) for loss in losses)
+
+
+@recipes
+def test_a_recipe_trains_another_model_than_the_baseline(name: str, tmp_path: Path) -> None:
+    _, baseline = trained({}, tmp_path)
+    _, other = trained(RECIPES[name], tmp_path)
+    overridden = {seam for entry, kw in RECIPES[name].items() for seam in seams(ENTRIES[entry](**kw))}
+    same = other.keys() == baseline.keys() and all(torch.equal(other[key], baseline[key]) for key in baseline)
+    assert same == (overridden <= {"prepare"})  # what is post-hoc shares the baseline's checkpoints
+
+
+@models
+def test_weights_look_at_nothing_that_is_not_visible(mitigations: Mitigations) -> None:
+    scores_BHTS = gaussian(2, 3, 8, 8)
+    weights = form(mitigations)(scores_BHTS, causal(8, CPU))
+    assert not weights[..., :8].triu(1).any()
+    changed = form(mitigations)(scores_BHTS + torch.ones(8, 8).triu(1) * 50, causal(8, CPU))
+    assert torch.equal(weights, changed)
+    hole = causal(8, CPU).clone()
+    hole[4:, 2] = False
+    assert not form(mitigations)(scores_BHTS, hole)[..., 4:, 2].any()
+
+
+@models
+@pytest.mark.parametrize("size", [0.0, 300.0, -300.0])
+def test_weights_are_finite_in_bf16_whatever_the_scores(mitigations: Mitigations, size: float) -> None:
+    signs = gaussian(2, 3, 8, 8).sign() if size > 0 else torch.ones(2, 3, 8, 8)
+    scores_BHTS = (size * signs).to(torch.bfloat16).requires_grad_()
+    weights = form(mitigations)(scores_BHTS, causal(8, CPU))
+    assert weights.isfinite().all()
+    (gradient,) = torch.autograd.grad(weights.float().square().sum(), scores_BHTS)
+    assert gradient.isfinite().all()
+    q = torch.full((2, 3, 8, 16), 300**0.5 / 2).to(torch.bfloat16)  # q.k / sqrt(E) = 300
+    assert form(mitigations).attend(q, math.copysign(1, size) * q, q, None).isfinite().all()
+
+
+@models
+def test_gradients_are_those_of_finite_differences(mitigations: Mitigations) -> None:
+    attention = form(mitigations).double()
+    scores_BHTS = gaussian(1, 2, 4, 4, dtype=torch.float64).requires_grad_()
+    assert torch.autograd.gradcheck(lambda s: attention(s, causal(4, CPU)), scores_BHTS)
+    q, k, v = (gaussian(1, 2, 4, 6, seed=seed, dtype=torch.float64).requires_grad_() for seed in range(3))
+    assert torch.autograd.gradcheck(lambda *qkv: attention.attend(*qkv, None), (q, k, v))
+
+
+@models
+def test_gradients_reach_every_parameter(mitigations: Mitigations) -> None:
+    decoder = model(mitigations).train()
+    decoder(ids(), labels=ids()).loss.backward()
+    for name, parameter in decoder.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.isfinite().all(), name
+        assert parameter.grad.any(), name
+
+
+@every
+def test_an_optimizer_moves_every_parameter_once_and_at_the_recipes_rate(mitigations: Mitigations) -> None:
+    decoder = model(mitigations)
+    optimizer = decoder.config.mitigation().optimizer(decoder, HERE)
+    held = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    assert len(held) == len({id(p) for p in held}) == len(list(decoder.parameters()))
+    scale = mitigations.get("adamw", {}).get("lr_scale", 1.0)
+    assert {group["lr"] for group in optimizer.param_groups} == {0.1 * scale}
+
+
+# Combinations
+
+
+@pytest.mark.parametrize(("first", "second"), list(itertools.combinations(ENTRIES, 2)))
+def test_two_entries_combine_where_they_share_no_seam(first: str, second: str) -> None:
+    one, other = ENTRIES[first](), ENTRIES[second]()
+    if set(seams(one)) & set(seams(other)):
+        with pytest.raises(ValueError, match=f"'{first}' and '{second}' both change '"):
+            combine({first: one, second: other})
+    else:
+        combined = combine({first: one, second: other})
+        assert sorted(vars(combined)) == sorted(seams(one) + seams(other))
+        for owner in (one, other):
+            assert all(getattr(combined, seam) == getattr(owner, seam) for seam in seams(owner))
+
+
+def test_a_conflict_names_both_and_the_seam() -> None:
+    with pytest.raises(ValueError, match=r"^'sgd' and 'adamw' both change 'optimizer': a recipe can have one of them$"):
+        combine({"relu-attention": ReluAttention(), "sgd": SGD(), "adamw": AdamW()})
+
+
+def test_nothing_combined_is_the_baseline() -> None:
+    assert vars(combine({})) == {}
+    assert seams(Mitigation()) == []
+
+
+def test_the_order_of_a_combination_changes_nothing(tmp_path: Path) -> None:
+    both = RECIPES["relu-attn-sgd"]
+    losses, parameters = trained(both, tmp_path)
+    again, others = trained(dict(reversed(both.items())), tmp_path)
+    assert losses == again
+    assert all(torch.equal(parameters[name], others[name]) for name in parameters)
+
+
+# relu-attention
+
+
+@pytest.mark.parametrize(
+    ("normaliser", "last", "later"),
+    [("keys", 3.0, 2.0), ("sqrt-keys", 3**0.5, 2**0.5), ("none", 1.0, 1.0)],
+)
+def test_relu_by_hand(normaliser: Any, last: float, later: float) -> None:
+    relu = ReluAttention(normaliser).weights(QuantbenchConfig())
+    scores_TS = torch.tensor([[2.0, 9.0, 9.0], [-1.0, 4.0, 9.0], [3.0, -2.0, 6.0]])
+    expected = torch.tensor([[2.0, 0.0, 0.0], [0.0, 4.0 / later, 0.0], [3.0 / last, 0.0, 6.0 / last]])
+    torch.testing.assert_close(relu(scores_TS[None, None], causal(3, CPU))[0, 0], expected)
+
+
+def test_relu_counts_the_keys_that_are_seen_not_the_positions() -> None:
+    visible = torch.tensor([[True, False, False], [False, True, False], [False, True, True]])  # position 0 is padding
+    weights = Relu(1.0)(torch.ones(1, 1, 3, 3), visible)[0, 0]
+    assert weights.tolist() == [[1, 0, 0], [0, 1, 0], [0, 0.5, 0.5]]
+
+
+@pytest.mark.parametrize("power", [1.0, 0.5, 0.0])
+def test_relu_attends_by_the_papers_formula(power: float) -> None:
+    q, k, v = (gaussian(1, 2, 5, 4, seed=seed) for seed in range(3))
+    got = Relu(power).attend(q, k, v, None)
+    for h, i in itertools.product(range(2), range(5)):
+        logit = [float(q[0, h, i] @ k[0, h, j]) / 4**0.5 for j in range(i + 1)]
+        expected = sum(max(s, 0.0) / (i + 1) ** power * v[0, h, j] for j, s in enumerate(logit))
+        torch.testing.assert_close(got[0, h, i], expected)
+
+
+def test_a_head_of_relu_attention_may_rest() -> None:
+    assert not Relu(1.0)(-torch.ones(1, 1, 4, 4), causal(4, CPU)).any()
+
+
+# Optimizers
+
+
+class Two(nn.Module):
+    """A matrix and a gain."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.matrix = nn.Parameter(gaussian(3, 2))
+        self.gain = nn.Parameter(gaussian(3, seed=1))
+
+
+def _follow(optimizer: torch.optim.Optimizer, two: Two, lrs: list[float]) -> None:
+    """Steps with given gradients, the step's number plus one, at given rates of all groups."""
+    for number, lr in enumerate(lrs):
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        for parameter in two.parameters():
+            parameter.grad = torch.full_like(parameter, number + 1.0)
+        optimizer.step()
+
+
+@pytest.mark.parametrize("nesterov", [False, True])
+def test_sgd_by_hand(nesterov: bool) -> None:
+    two = Two()
+    matrix, gain = two.matrix.detach().double(), two.gain.detach().double()
+    optimizer = SGD(momentum=0.8, nesterov=nesterov).optimizer(two, HERE)
+    lrs = [0.1, 0.05, 0.01]
+    _follow(optimizer, two, lrs)
+    v = 0.0
+    for number, lr in enumerate(lrs):
+        g = number + 1.0
+        v = 0.8 * v + g
+        move = lr * (g + 0.8 * v if nesterov else v)
+        matrix = matrix * (1 - 0.02 * lr / 0.1) - move  # the shrink of the track, which follows the schedule
+        gain = gain - move
+    torch.testing.assert_close(two.matrix.double(), matrix, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(two.gain.double(), gain, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("lr", [1e-3, 0.1, 3.0])
+def test_sgd_shrinks_matrices_as_the_baseline_does_whatever_its_rate(lr: float) -> None:
+    shrunk = []
+    baseline = Settings(lr=4e-3, weight_decay=0.5, betas=(0.9, 0.95), shrink=0.002)
+    for mitigation, settings in (
+        (Mitigation(), baseline),
+        (SGD(), Settings(lr, 0.5, (0.9, 0.95), shrink=0.002)),
+    ):
+        two = Two()
+        before = two.matrix.detach().clone(), two.gain.detach().clone()
+        optimizer = mitigation.optimizer(two, settings)
+        for parameter in two.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        optimizer.step()
+        shrunk.append(two.matrix.detach() / before[0])
+        assert torch.equal(two.gain, before[1])
+    torch.testing.assert_close(shrunk[0], torch.full((3, 2), 1 - 0.002))
+    torch.testing.assert_close(shrunk[0], shrunk[1])
+
+
+def test_shrink_is_the_tracks_not_the_recipes(tmp_path: Path) -> None:
+    """`pretrain` hands the regularisation of the track's baseline to a recipe with a rate of its own."""
+    tiny = track(steps=1, warmup=0, timeline=0, clip=0.0, lr=4e-3, weight_decay=0.5)
+    data = BigramBackcopy().open(tmp_path)
+    moved = {}
+    for decay in (0.5, 0.0):
+        held = track(steps=1, warmup=0, timeline=0, clip=0.0, lr=4e-3, weight_decay=decay)
+        moved[decay] = pretrain({"sgd": {}}, 0.3, held, 0, data, tmp_path, CPU).model.state_dict()
+    start = model(**{"max_position_embeddings": tiny.length}).state_dict()
+    for name, parameter in start.items():
+        expected = 4e-3 * 0.5 * parameter if parameter.ndim == 2 else torch.zeros_like(parameter)
+        torch.testing.assert_close(moved[0.0][name] - moved[0.5][name], expected, rtol=1e-3, atol=1e-6)
+
+
+def test_the_schedule_scales_the_shrink_as_it_scales_the_rate() -> None:
+    tiny = track(steps=10, warmup=4, decay=0.5)
+    two = Two()
+    before = two.matrix.detach().double()
+    optimizer = SGD().optimizer(two, HERE)
+    for step in range(10):
+        for group in optimizer.param_groups:
+            group["lr"] = HERE.lr * schedule(step, tiny)
+        for parameter in two.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        optimizer.step()
+    shares = [0.25, 0.5, 0.75, 1, 1, 1, 0.8, 0.6, 0.4, 0.2]
+    expected = math.prod(1 - 0.02 * share for share in shares)
+    torch.testing.assert_close(two.matrix.double(), before * expected, rtol=1e-6, atol=1e-6)
+
+
+def test_adamw_by_hand() -> None:
+    two = Two()
+    matrix, gain = two.matrix.detach().double(), two.gain.detach().double()
+    _follow(Mitigation().optimizer(two, HERE), two, [0.1, 0.05])
+    m = s = 0.0
+    for t, lr in ((1, 0.1), (2, 0.05)):
+        m, s = 0.9 * m + 0.1 * t, 0.95 * s + 0.05 * t**2
+        move = lr * (m / (1 - 0.9**t)) / ((s / (1 - 0.95**t)) ** 0.5 + 1e-8)
+        matrix, gain = matrix * (1 - lr * 0.5) - move, gain - move
+    torch.testing.assert_close(two.matrix.double(), matrix, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(two.gain.double(), gain, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("entry", "lr", "decay"),
+    [
+        (Mitigation(), 0.1, 0.5),
+        (AdamW(), 0.1, 0.5),
+        (AdamW(lr_scale=0.25), 0.025, 0.5),
+        (AdamW(weight_decay=0.0), 0.1, 0.0),
+        (AdamW(lr_scale=2.0, weight_decay=0.1), 0.2, 0.1),
+    ],
+)
+def test_adamw_is_torchs_with_decay_on_matrices_only(entry: Mitigation, lr: float, decay: float) -> None:
+    ours, theirs = model(norm="layernorm"), model(norm="layernorm")
+    matrices = [p for p in theirs.parameters() if p.ndim == 2]
+    others = [p for p in theirs.parameters() if p.ndim == 1]
+    reference = torch.optim.AdamW(
+        [{"params": matrices, "weight_decay": decay}, {"params": others, "weight_decay": 0.0}],
+        lr=lr,
+        betas=(0.9, 0.95),
+        foreach=False,
+    )
+    optimizer = entry.optimizer(ours, HERE)
+    for seed in range(3):
+        for decoder, moves in ((ours, optimizer), (theirs, reference)):
+            decoder(ids(seed=seed), labels=ids(seed=seed)).loss.backward()
+            moves.step()
+            moves.zero_grad()
+    for (name, got), expected in zip(ours.named_parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_gains_and_biases_are_no_matrices() -> None:
+    decoder = model(norm="layernorm")
+    matrices, others = by_shape(decoder)
+    assert len(matrices) == 2 + 2 * 4
+    assert len(others) == 5 * 2
+    assert {p.ndim for p in others} == {1}
