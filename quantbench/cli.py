@@ -239,7 +239,7 @@ def relation(arguments: argparse.Namespace) -> int:
         for quantizer, predictors in quantizers.items():
             for predictor, figures in predictors.items():
                 rho, n = figures["rho"], figures["n"]
-                shown = "undefined" if rho is None else f"{rho:.2f}"
+                shown = "undefined" if rho is None else f"{rho['estimate']:.2f}"
                 print(f"{track}: log KL under {quantizer} on log {predictor}: Spearman rho {shown}, n {n}")
     return 0
 

@@ -62,7 +62,7 @@ def pretrain(
     initialise(model, seed)
     nn.Module.to(model, device).train()
     mitigation = model.config.mitigation()
-    settings = Settings(lr, track.weight_decay, track.betas, track.lr * track.weight_decay)
+    settings = Settings(lr, track.betas, track.lr * track.weight_decay)
     optimizer = mitigation.optimizer(model, settings)
     peak_lrs = [group["lr"] for group in optimizer.param_groups]
     state = _State(model, optimizer)

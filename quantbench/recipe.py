@@ -93,7 +93,7 @@ class Track:
     model: Shape = field(default_factory=Shape)
     length: Annotated[int, Range(2, 1_048_576)] = 128  # tokens of a sequence that are predicted
     batch: Annotated[int, Range(1, 1_048_576)] = 8  # sequences a step
-    weight_decay: Annotated[float, Range(0.0, 100.0)] = 0.5  # on matrices
+    weight_decay: Annotated[float, Range(0.0, 100.0)] = 0.5  # on matrices; at every lr a step shrinks them by the track's lr * this
     betas: tuple[Annotated[float, Range(0.0, 0.999999)], Annotated[float, Range(0.0, 0.999999)]] = (0.9, 0.95)
     clip: Annotated[float, Range(0.0, 1e9)] = 1.0  # gradient norm; 0: no clipping
     warmup: Annotated[int, Range(0, 100_000_000)] = 100  # steps

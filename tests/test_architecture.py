@@ -114,7 +114,9 @@ def test_no_name_of_a_contract_is_that_of_an_entrys_file(axis: str) -> None:
     """Else loading the entry replaces the name: the package's attribute becomes the module."""
     contract = TREES[axis]
     defined = {node.name for node in contract.body if isinstance(node, ast.FunctionDef | ast.ClassDef)}
-    defined |= {node.id for node in ast.walk(contract) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
+    defined |= {
+        node.id for node in ast.walk(contract) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)
+    }
     defined |= {a.asname or a.name for n in ast.walk(contract) if isinstance(n, ast.ImportFrom) for a in n.names}
     assert not defined & {path.stem for path in (PACKAGE / axis).glob("*.py")}
 
@@ -134,8 +136,8 @@ def test_a_library_has_one_home(library: str, where: set[str]) -> None:
 
 
 def test_the_light_modules_load_nothing_heavy() -> None:
-    names = "cli catalog strict recipe store results leaderboard relation stats figures bench".split()
-    code = f"from quantbench import {', '.join(names)}; import sys; print(*sys.modules)"
+    names = "cli, catalog, strict, recipe, store, results, leaderboard, relation, stats, figures, bench"
+    code = f"from quantbench import {names}; import sys; print(*sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     heavy = {"torch", "numpy", "scipy", "transformers", "matplotlib", "tokenizers", "lm_eval", "bitsandbytes", "rich"}
     assert not heavy & set(loaded)
@@ -150,7 +152,9 @@ def test_no_file_that_is_read_can_run_code(name: str) -> None:
     for node in ast.walk(TREES[name]):
         if isinstance(node, ast.Call):
             called = ast.unparse(node.func)
-            assert called not in ("eval", "exec", "compile", "__import__", "torch.load", "os.system", "yaml.load"), called
+            assert called not in ("eval", "exec", "compile", "__import__", "torch.load", "os.system", "yaml.load"), (
+                called
+            )
             passed = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
             assert "trust_remote_code" not in passed
             assert "shell" not in passed
@@ -164,7 +168,9 @@ def test_no_file_that_is_read_can_run_code(name: str) -> None:
 def test_no_file_names_a_folder_of_somebodys_machine() -> None:
     private = re.compile(r"(?<![\w.*~/-])/(?:home|root|Users|work|mnt)/\w")
     folders = ("quantbench", "tests", "recipes", "results", ".ci")
-    texts = [p for folder in folders for p in (ROOT / folder).rglob("*") if p.is_file() and "__pycache__" not in p.parts]
+    texts = [
+        p for folder in folders for p in (ROOT / folder).rglob("*") if p.is_file() and "__pycache__" not in p.parts
+    ]
     texts += [path for path in ROOT.iterdir() if path.is_file()]
     assert len(texts) > 50
     for path in texts:
@@ -203,9 +209,11 @@ def test_every_line_of_the_catalog_is_an_entry(axis: str, name: str) -> None:
     kind = catalog.load(axis, name)
     assert re.fullmatch(r"[a-z0-9]+(-[a-z0-9]+)*", name)
     if axis == "metrics":  # observes one model, so it changes; it has no parameters in YAML
-        assert issubclass(kind, Metric) and kind().title
+        assert issubclass(kind, Metric)
+        assert kind().title
     else:
-        assert is_dataclass(kind) and kind.__dataclass_params__.frozen  # type: ignore[attr-defined]
+        assert is_dataclass(kind)
+        assert kind.__dataclass_params__.frozen  # type: ignore[attr-defined]
         assert catalog.entry_name(axis, kind()) == name
 
 
@@ -231,7 +239,9 @@ def test_the_verbs_and_their_flags_are_those_that_people_know() -> None:
     """A flag that goes away breaks somebody's script: change this list on purpose."""
     (verbs,) = [action for action in cli._parser()._actions if isinstance(action.choices, dict)]
     flags = {
-        verb: sorted(flag for action in parser._actions for flag in action.option_strings if flag not in ("-h", "--help"))
+        verb: sorted(
+            flag for action in parser._actions for flag in action.option_strings if flag not in ("-h", "--help")
+        )
         for verb, parser in verbs.choices.items()  # type: ignore[union-attr]
     }
     assert flags == {

@@ -265,11 +265,11 @@ def test_bf16_computes_low_and_keeps_parameters_and_timeline_full(tmp_path: Path
     assert low.timeline[0] == full.timeline[0]
 
 
-def test_the_loss_falls_in_a_few_steps(tmp_path: Path) -> None:
-    for name in ("baseline", "relu-attn", "sgd"):
-        losses = train(RECIPES[name], track(steps=60, timeline=0), tmp_path / name, lr=LR[name]).losses
-        assert losses[0] > 0.95 * math.log(VOCAB)
-        assert np.mean(losses[-10:]) < losses[0] - 0.8, name
+@levers
+def test_the_loss_falls_in_a_few_steps(name: str, tmp_path: Path) -> None:
+    losses = train(RECIPES[name], track(steps=60, timeline=0), tmp_path, lr=LR[name]).losses
+    assert losses[0] > 0.95 * math.log(VOCAB)
+    assert np.mean(losses[-10:]) < losses[0] - 0.8
 
 
 # Schedule and timeline
@@ -292,15 +292,15 @@ def test_where_warmup_and_decay_overlap_the_lower_counts() -> None:
 
 
 def test_every_group_keeps_its_own_peak_rate(tmp_path: Path) -> None:
-    # Adam's first step moves every parameter by the rate: a third of it with lr-scale 1/3.
-    held = track(steps=1, warmup=2, decay=0.0, weight_decay=0.0, timeline=0)
+    # Adam's first step moves a parameter by the rate, whatever its gradient.
+    held = track(steps=1, warmup=0, decay=0.0, weight_decay=0.0, timeline=0)
     start = build({}, held, DATA)
     initialise(start, 0)
     head = start.head.weight.detach()
     for scale in (1.0, 0.25):
         done = train({"adamw": {"lr_scale": scale}}, held, tmp_path / str(scale))
         moved = (done.model.head.weight - head).abs().median().item()
-        assert moved == pytest.approx(4e-3 * scale / 2, rel=1e-3)  # half-way through the warm-up
+        assert moved == pytest.approx(4e-3 * scale, rel=1e-3)
 
 
 def test_the_timeline_is_even_in_the_logarithm() -> None:

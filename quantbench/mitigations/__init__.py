@@ -44,9 +44,17 @@ class Settings:
     """What an optimizer starts from: the track's figures and this recipe's learning rate."""
 
     lr: float
-    weight_decay: float  # decoupled, on matrices: a step shrinks them by lr * weight_decay
     betas: tuple[float, float]
-    shrink: float  # lr * weight_decay of the track's baseline: the regularisation that every recipe shares
+    shrink: float  # a step at the peak learning rate shrinks matrices by this share: lr * weight_decay of the track
+
+    @property
+    def weight_decay(self) -> float:
+        """Decoupled decay that gives the shrink at this lr (arXiv:1711.05101 decouples the two so).
+
+        The regularisation is thus the same for every recipe and every point of a sweep: with norms, it sets how fast
+        weights turn (arXiv:2305.17212), and whatever feeds on it would else be credited to a learning rate.
+        """
+        return self.shrink / self.lr
 
 
 class Join(nn.Module):

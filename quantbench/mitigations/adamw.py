@@ -4,19 +4,19 @@ What a lower learning rate or no weight decay does by itself, so that a mitigati
 Costs nothing at inference.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
 
-from quantbench.mitigations import Mitigation, Settings, decoupled_adam
+from quantbench.mitigations import Mitigation, Settings
 
 
 @dataclass(frozen=True)
 class AdamW(Mitigation):
     lr_scale: float = 1.0  # times the recipe's learning rate
-    weight_decay: float | None = None  # None: the track's
+    shrink_scale: float = 1.0  # times what a step of the track shrinks matrices by; 0: no weight decay
 
     def optimizer(self, model: nn.Module, settings: Settings) -> torch.optim.Optimizer:
-        decay = settings.weight_decay if self.weight_decay is None else self.weight_decay
-        return decoupled_adam(model, settings.lr * self.lr_scale, decay, settings.betas)
+        mine = replace(settings, lr=settings.lr * self.lr_scale, shrink=settings.shrink * self.shrink_scale)
+        return super().optimizer(model, mine)

@@ -23,7 +23,7 @@ class SGD(Mitigation):
     nesterov: bool = False
 
     def optimizer(self, model: nn.Module, settings: Settings) -> torch.optim.Optimizer:
-        return DecoupledSGD(model, settings.lr, self.momentum, self.nesterov, settings.shrink / settings.lr)
+        return DecoupledSGD(model, settings.lr, self.momentum, self.nesterov, settings.weight_decay)
 
 
 class DecoupledSGD(torch.optim.SGD):
