@@ -194,7 +194,7 @@ def _pretrain(job: Job, data: Any, cell: Cell, say: Say) -> dict[str, bytes | Pa
         "cost": paid,
         "losses": [point for point in curve if point[1] is not None],
         "final-loss": _plain(sum(recent) / len(recent)),
-        "timeline": [{"loss": None, **point} for point in trained.timeline],
+        "timeline": trained.timeline,
     }
     trained.model.cpu().save_pretrained(cell.work / "model")
     files: dict[str, bytes | Path] = {path.name: path for path in sorted((cell.work / "model").iterdir())}

@@ -172,7 +172,8 @@ class _State:
 
     def log(self, step: int, ids_BT: Tensor) -> None:
         if not self.timeline or self.timeline[-1]["step"] != step:  # a resumed run may come by it again
-            self.timeline.append({"step": step, **signatures(self.model, [ids_BT])})
+            loss = self.losses[-1] if self.losses else None  # of the step before
+            self.timeline.append({"step": step, "loss": loss, **signatures(self.model, [ids_BT])})
 
     def save(self) -> bytes:
         tensors = {f"model.{name}": p for name, p in self.model.state_dict().items()}
