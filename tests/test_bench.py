@@ -114,7 +114,7 @@ def test_a_diverged_recipe_is_a_row_and_the_others_go_on(finished: tuple[Path, i
     records = {record["recipe"]["name"]: record for record in read_all(project / "results")}
     status = {name: record["status"] for name, record in records.items()}
     assert status == {"baseline": "finished", "relu-attn": "finished", "wild": "diverged"}
-    assert re.fullmatch(r"the loss is (nan|inf) at step \d+", records["wild"]["reason"])
+    assert re.fullmatch(r"the loss (is (nan|inf)|stayed above .*) at step \d+", records["wild"]["reason"])
     assert records["wild"]["full-precision"] is None
     assert records["wild"]["quantized"] == {}
     assert "3 records written, 0 reproduced byte for byte, 0 differ, 1 diverged, 0 failed" in out
@@ -233,33 +233,30 @@ def test_a_new_title_or_more_seeds_is_no_contradiction(copy: Path, capsys: pytes
 
 
 def test_a_job_that_fails_is_exit_3_and_leaves_no_record(copy: Path) -> None:
-    code, out, err = run(copy, *BENCH[:3], *BENCH[3:], "--set", "evaluate.sequences=100000")
+    before = made(copy)
+    code, out, err = run(copy, "bench", "wild", *BENCH[3:], "--set", "evaluate.sequences=100000")
     assert code == 3
-    assert "1 records written, 0 reproduced byte for byte, 0 differ, 1 diverged, 2 failed" in out
+    assert "1 records written, 0 reproduced byte for byte, 0 differ, 1 diverged, 1 failed" in out
     assert "never on the leaderboard" in out
-    for name in ("baseline", "relu-attn"):
-        line = f"quantbench: {name} seed 0: ValueError: text: the held-out split has "
-        assert line in err
+    assert "quantbench: baseline seed 0: ValueError: text: the held-out split has " in err
     assert "Traceback" not in err
     scratch = list((copy / ".quantbench" / "scratch").rglob("seed-0.json"))
     assert [path.parent.name for path in scratch] == ["wild"]
-
-
-def test_a_corrupted_checkpoint_is_noticed_and_trained_anew(copy: Path) -> None:
-    before = made(copy)
-    (weights,) = {
-        path
-        for path in (copy / ".quantbench" / "pretrain").rglob("model.safetensors")
-        if "relu-attention" in (path.parent / "config.json").read_text()
-    }
-    data = bytearray(weights.read_bytes())
-    data[len(data) // 2] ^= 1
-    weights.write_bytes(data)
-    code, out, err = run(copy, *BENCH)
-    assert code == 4
-    assert "model.safetensors is corrupted; computing it anew" in err
-    assert "3 reproduced byte for byte" in out
     assert made(copy) == before
+
+
+def test_a_corrupted_checkpoint_is_noticed(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    store = Store(copy / ".quantbench")
+    relu, baseline = job(copy, "relu-attn"), job(copy)
+    assert experiment(relu, store, compute=False) is not None
+    for weights in (copy / ".quantbench" / "pretrain").rglob("model.safetensors"):
+        if "relu-attention" in (weights.parent / "config.json").read_text():
+            data = bytearray(weights.read_bytes())
+            data[len(data) // 2] ^= 1
+            weights.write_bytes(data)
+    assert experiment(relu, store, compute=False) is None
+    assert "model.safetensors is corrupted; computing it anew" in capsys.readouterr().err
+    assert experiment(baseline, store, compute=False) is not None
 
 
 # --- keys ------------------------------------------------------------------------------------------------------------
@@ -352,7 +349,7 @@ def test_what_decides_no_number_changes_no_key(copy: Path) -> None:
         with_track(base, "title: As smoke", "title: Like smoke"),
         with_track(base, "seeds: [0, 1, 2]", "seeds: [0, 7]"),
         with_track(base, "checkpoint: 5", "checkpoint: 6"),
-        with_track(base, "steps: 60\nwarmup: 5", "warmup: 5.\nsteps: 60".replace("5.", "5")),
+        with_track(base, "steps: 60\nwarmup: 5", "warmup: 5\nsteps: 60"),
     ]
     for other in same:
         assert keys(copy, other) == known
@@ -385,10 +382,11 @@ def test_a_killed_run_ends_with_the_same_bytes(
     finished: tuple[Path, int, str, str], tmp_path: Path, first: int
 ) -> None:
     project, generator = project_in(tmp_path), random.Random(first)
+    jobs = str(1 + first // len(MOMENTS) % 2)  # one at a time, two at a time, in turn
     killed = 0
     for moment in list(MOMENTS)[: KILLS - first]:
         pattern, count, longest = MOMENTS[moment]
-        with start(project, *BENCH, "--jobs", "2") as child:
+        with start(project, *BENCH, "--jobs", jobs) as child:
             wait_for(exists(project, pattern, count), child)
             time.sleep(generator.uniform(0, longest))
             os.killpg(child.pid, signal.SIGKILL)
@@ -397,7 +395,7 @@ def test_a_killed_run_ends_with_the_same_bytes(
         if moment == "pretraining":
             assert not list(project.glob("results/tiny/relu-attn/*"))
     assert killed  # rendering may have come to its end before
-    code, out, err = run(project, *BENCH)
+    code, out, err = run(project, *BENCH, "--jobs", jobs)
     assert code == 4, err
     assert "0 differ, 1 diverged, 0 failed" in out
     assert made(project) == made(finished[0])
@@ -420,12 +418,12 @@ def alive(pid: int) -> bool:
 
 @contextmanager
 def endless(project: Path) -> Iterator[tuple[subprocess.Popen[str], list[int]]]:
-    """Two runs that would train for hours, and the workers that train them."""
+    """A run that would train for days, and the worker that trains it."""
     path = project / "recipes" / "tracks" / "tiny.yaml"
     path.write_text(TINY.replace("steps: 60", "steps: 100000000"))
-    with start(project, "bench", "relu-attn", "--track", "tiny", "--seeds", "1", "--jobs", "2") as child:
+    with start(project, "bench", "baseline", "--track", "tiny", "--seeds", "1", "--jobs", "2") as child:
         try:
-            wait_for(exists(project, ".quantbench/pretrain/*.work/step-*", 2), child)
+            wait_for(exists(project, ".quantbench/pretrain/*.work/step-*"), child)
             yield (
                 child,
                 [pid for pid in children(child.pid) if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()],
@@ -437,7 +435,7 @@ def endless(project: Path) -> Iterator[tuple[subprocess.Popen[str], list[int]]]:
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_workers_end_when_their_parent_is_killed(tmp_path: Path) -> None:
     with endless(project_in(tmp_path)) as (child, workers):
-        assert len(workers) == 2
+        assert len(workers) == 1
         assert all(map(alive, workers))
         child.kill()
         child.wait()
@@ -454,7 +452,7 @@ def test_a_killed_worker_is_a_failure_that_says_how_to_go_on(tmp_path: Path) -> 
         os.kill(workers[0], signal.SIGKILL)
         out, err = child.communicate()
         assert child.returncode == 3
-        assert "0 records written, 0 reproduced byte for byte, 0 differ, 0 diverged, 2 failed" in out
+        assert "0 records written, 0 reproduced byte for byte, 0 differ, 0 diverged, 1 failed" in out
         assert "its process was killed (out of memory?); run the command again to resume" in err
         assert not any(map(alive, workers))
-    assert exists(project, ".quantbench/pretrain/*.work/step-*", 2)()  # what there is to resume from
+    assert exists(project, ".quantbench/pretrain/*.work/step-*")()  # what there is to resume from

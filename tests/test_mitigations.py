@@ -27,7 +27,7 @@ every = pytest.mark.parametrize("mitigations", EVERY.values(), ids=EVERY.keys())
 models = pytest.mark.parametrize("mitigations", MODELS.values(), ids=MODELS.keys())
 
 CPU = torch.device("cpu")
-HERE = Settings(lr=0.1, weight_decay=0.5, betas=(0.9, 0.95), shrink=0.02)
+HERE = Settings(lr=0.1, betas=(0.9, 0.95), shrink=0.05)  # a weight decay of 0.5
 
 
 def trained(
@@ -173,6 +173,22 @@ def test_the_order_of_a_combination_changes_nothing(tmp_path: Path) -> None:
     assert all(torch.equal(parameters[name], others[name]) for name in parameters)
 
 
+# Norms of the baseline
+
+
+@pytest.mark.parametrize("size", [1e-3, 1.0, 1e3])  # where eps decides, and where it does not
+def test_norms_by_hand(size: float) -> None:
+    x = gaussian(5, 64, dtype=torch.float64) * size
+    rms = Mitigation().norm(QuantbenchConfig(norm="rmsnorm"))(x.float())
+    torch.testing.assert_close(
+        rms.double(), x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt(), rtol=1e-5, atol=1e-5
+    )
+    layer = Mitigation().norm(QuantbenchConfig(norm="layernorm"))(x.float())
+    centred = x - x.mean(-1, keepdim=True)
+    expected = centred / (centred.square().mean(-1, keepdim=True) + 1e-5).sqrt()
+    torch.testing.assert_close(layer.double(), expected, rtol=1e-5, atol=1e-5)
+
+
 # relu-attention
 
 
@@ -241,44 +257,41 @@ def test_sgd_by_hand(nesterov: bool) -> None:
         g = number + 1.0
         v = 0.8 * v + g
         move = lr * (g + 0.8 * v if nesterov else v)
-        matrix = matrix * (1 - 0.02 * lr / 0.1) - move  # the shrink of the track, which follows the schedule
+        matrix = matrix * (1 - 0.05 * lr / 0.1) - move  # the shrink of the track, which follows the schedule
         gain = gain - move
     torch.testing.assert_close(two.matrix.double(), matrix, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(two.gain.double(), gain, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("lr", [1e-3, 0.1, 3.0])
-def test_sgd_shrinks_matrices_as_the_baseline_does_whatever_its_rate(lr: float) -> None:
-    shrunk = []
-    baseline = Settings(lr=4e-3, weight_decay=0.5, betas=(0.9, 0.95), shrink=0.002)
-    for mitigation, settings in (
-        (Mitigation(), baseline),
-        (SGD(), Settings(lr, 0.5, (0.9, 0.95), shrink=0.002)),
-    ):
-        two = Two()
-        before = two.matrix.detach().clone(), two.gain.detach().clone()
-        optimizer = mitigation.optimizer(two, settings)
-        for parameter in two.parameters():
-            parameter.grad = torch.zeros_like(parameter)
-        optimizer.step()
-        shrunk.append(two.matrix.detach() / before[0])
-        assert torch.equal(two.gain, before[1])
-    torch.testing.assert_close(shrunk[0], torch.full((3, 2), 1 - 0.002))
-    torch.testing.assert_close(shrunk[0], shrunk[1])
+@pytest.mark.parametrize("entry", [Mitigation(), AdamW(), AdamW(lr_scale=0.25), SGD(), SGD(nesterov=True)])
+def test_a_step_shrinks_matrices_alike_whatever_the_rate(entry: Mitigation, lr: float) -> None:
+    two = Two()
+    matrix, gain = two.matrix.detach().clone(), two.gain.detach().clone()
+    optimizer = entry.optimizer(two, Settings(lr, (0.9, 0.95), shrink=0.002))
+    for parameter in two.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    torch.testing.assert_close(two.matrix.detach(), matrix * (1 - 0.002))
+    assert torch.equal(two.gain, gain)
 
 
-def test_shrink_is_the_tracks_not_the_recipes(tmp_path: Path) -> None:
-    """`pretrain` hands the regularisation of the track's baseline to a recipe with a rate of its own."""
-    tiny = track(steps=1, warmup=0, timeline=0, clip=0.0, lr=4e-3, weight_decay=0.5)
-    data = BigramBackcopy().open(tmp_path)
+@pytest.mark.parametrize("lr", [4e-3, 0.3])
+def test_the_shrink_is_the_tracks_not_the_recipes(lr: float, tmp_path: Path) -> None:
+    """`pretrain` regularises a recipe with a rate of its own as it does the track's baseline."""
+    start = model(max_position_embeddings=16).state_dict()
     moved = {}
     for decay in (0.5, 0.0):
         held = track(steps=1, warmup=0, timeline=0, clip=0.0, lr=4e-3, weight_decay=decay)
-        moved[decay] = pretrain({"sgd": {}}, 0.3, held, 0, data, tmp_path, CPU).model.state_dict()
-    start = model(max_position_embeddings=tiny.length).state_dict()
+        for name in ("baseline", "sgd"):
+            work = tmp_path / f"{name}-{decay}"
+            done = pretrain(RECIPES[name], lr, held, 0, BigramBackcopy().open(work), work, CPU)
+            moved[name, decay] = done.model.state_dict()
     for name, parameter in start.items():
         expected = 4e-3 * 0.5 * parameter if parameter.ndim == 2 else torch.zeros_like(parameter)
-        torch.testing.assert_close(moved[0.0][name] - moved[0.5][name], expected, rtol=1e-3, atol=1e-6)
+        for recipe in ("baseline", "sgd"):
+            shrunk = moved[recipe, 0.0][name] - moved[recipe, 0.5][name]
+            torch.testing.assert_close(shrunk, expected, rtol=1e-3, atol=1e-6)
 
 
 def test_the_schedule_scales_the_shrink_as_it_scales_the_rate() -> None:
@@ -293,7 +306,7 @@ def test_the_schedule_scales_the_shrink_as_it_scales_the_rate() -> None:
             parameter.grad = torch.zeros_like(parameter)
         optimizer.step()
     shares = [0.25, 0.5, 0.75, 1, 1, 1, 0.8, 0.6, 0.4, 0.2]
-    expected = math.prod(1 - 0.02 * share for share in shares)
+    expected = math.prod(1 - 0.05 * share for share in shares)
     torch.testing.assert_close(two.matrix.double(), before * expected, rtol=1e-6, atol=1e-6)
 
 
@@ -315,9 +328,9 @@ def test_adamw_by_hand() -> None:
     [
         (Mitigation(), 0.1, 0.5),
         (AdamW(), 0.1, 0.5),
-        (AdamW(lr_scale=0.25), 0.025, 0.5),
-        (AdamW(weight_decay=0.0), 0.1, 0.0),
-        (AdamW(lr_scale=2.0, weight_decay=0.1), 0.2, 0.1),
+        (AdamW(lr_scale=0.25), 0.025, 2.0),  # the shrink stays
+        (AdamW(lr_scale=0.25, shrink_scale=0.25), 0.025, 0.5),
+        (AdamW(shrink_scale=0.0), 0.1, 0.0),
     ],
 )
 def test_adamw_is_torchs_with_decay_on_matrices_only(entry: Mitigation, lr: float, decay: float) -> None:

@@ -365,6 +365,19 @@ def test_replaced_values_are_used_and_cached() -> None:
     close(found, expected)
 
 
+@pytest.mark.usefixtures("ours")
+def test_replaced_values_are_those_that_a_gate_sees() -> None:
+    decoder = model({"output": {}}, layers=1)
+    seen = {}
+    decoder.blocks[0].attention.values.register_forward_hook(lambda _, __, v: v + 7)
+    decoder.blocks[0].attention.output.register_forward_hook(lambda _, args, __: seen.update(v=args[2]))
+    plain = model({"output": {}}, layers=1)
+    plain.blocks[0].attention.output.register_forward_hook(lambda _, args, __: seen.update(before=args[2]))
+    logits(decoder)
+    logits(plain)
+    close(seen["v"], seen["before"] + 7)
+
+
 def test_visibility_by_hand() -> None:
     none = torch.device("cpu")
     assert visibility(None, 0, 3, none) is None
