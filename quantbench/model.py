@@ -71,7 +71,7 @@ class Attention(nn.Module):
 
     def __init__(self, config: QuantbenchConfig, mitigation: Mitigation, layer: int) -> None:
         super().__init__()
-        self.layer, self.heads, self.rope = layer, config.heads, config.positions == "rope"
+        self.layer, self.heads = layer, config.heads
         self.qkv = nn.Linear(config.width, 3 * config.width, bias=False)
         self.out = nn.Linear(config.width, config.width, bias=False)
         self.query_key = mitigation.query_key(config)

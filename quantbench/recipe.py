@@ -30,7 +30,7 @@ class Recipe:
     why: str  # one sentence: why it might help
     paper: str = ""  # arXiv id or address
     mitigations: Annotated[dict[str, object], Entries("mitigations", catalog)] = field(default_factory=dict)
-    lr: dict[str, Annotated[float, Range(0.0, 100.0)]] = field(default_factory=dict)  # track -> tuned; else the track's
+    lr: dict[str, Annotated[float, Range(1e-12, 100.0)]] = field(default_factory=dict)  # track -> tuned; else the track's
 
     def __post_init__(self) -> None:
         for track in self.lr:
@@ -89,7 +89,7 @@ class Track:
     metrics: Annotated[tuple[str, ...], Entries("metrics", catalog)]
     rank_by: dict[Literal["damage"], str]  # the quantizer by whose damage rows are ranked
     steps: Annotated[int, Range(1, 100_000_000)]
-    lr: Annotated[float, Range(0.0, 100.0)]  # the baseline's
+    lr: Annotated[float, Range(1e-12, 100.0)]  # the baseline's
     model: Shape = field(default_factory=Shape)
     length: Annotated[int, Range(2, 1_048_576)] = 128  # tokens of a sequence that are predicted
     batch: Annotated[int, Range(1, 1_048_576)] = 8  # sequences a step
