@@ -316,7 +316,7 @@ TRACKS: list[tuple[int, str, str, str]] = [
     (9, "checkpoint: 0", "9:13", "'checkpoint'"),
     (9, "warmup: -1", "9:9", "'warmup'"),
     # numbers
-    (7, "lr:", "7:4", "'lr' must be a number from 0.0 to 100.0, not nothing"),
+    (7, "lr:", "7:4", "'lr' must be a number from 1e-12 to 100.0, not nothing"),
     (7, "lr: fast", "7:5", "must be a number from 0.0 to 100.0, not 'fast'"),
     (7, "lr: '1e-3'", "7:5", "not the text '1e-3'"),
     (7, "lr: .nan", "7:5", "must be finite, not '.nan'"),
