@@ -167,12 +167,14 @@ def _pool(workers: int, report: Report) -> Iterator[ProcessPoolExecutor]:
         try:
             yield pool
         except BaseException:
+            running = list((pool._processes or {}).values())  # which `shutdown` forgets
             pool.shutdown(wait=False, cancel_futures=True)
-            for process in list((pool._processes or {}).values()):
+            for process in running:
                 process.terminate()
             raise
         finally:
-            queue.put(None)
+            # In a thread of its own: a worker killed in the midst of a report keeps the queue's lock for ever.
+            threading.Thread(target=queue.put, args=(None,), daemon=True).start()
     listener.join(timeout=5)
 
 

@@ -433,16 +433,20 @@ def endless(project: Path) -> Iterator[tuple[subprocess.Popen[str], list[int]]]:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_workers_end_when_their_parent_is_killed(tmp_path: Path) -> None:
+@pytest.mark.parametrize("blow", [signal.SIGKILL, signal.SIGINT])
+def test_workers_end_with_their_parent(tmp_path: Path, blow: signal.Signals) -> None:
     with endless(project_in(tmp_path)) as (child, workers):
         assert len(workers) == 1
         assert all(map(alive, workers))
-        child.kill()
-        child.wait()
-        deadline = time.monotonic() + 20
+        child.send_signal(blow)  # to the parent alone
+        _, err = child.communicate(timeout=60)  # workers write to the same pipe: this waits for their end, too
+        deadline = time.monotonic() + 10
         while any(map(alive, workers)):
             assert time.monotonic() < deadline, "orphans train on"
-            time.sleep(0.1)
+            time.sleep(0.05)
+        if blow == signal.SIGINT:
+            assert child.returncode == 130
+            assert err.endswith("run the same command again to go on where it stopped\n")
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")

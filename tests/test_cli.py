@@ -66,8 +66,8 @@ def test_help_and_lists_load_nothing_heavy(project: Path, arguments: list[str]) 
     [
         ("title: T\nwhy: W\nmitigation: {}\n", r"3:1: unknown key 'mitigation'; did you mean 'mitigations'\?"),
         ("title: T\nwhy: W\nmitigations: {relu-atention: {}}\n", r"3:15: .*did you mean 'relu-attention'\?"),
-        ("title: T\nwhy: W\nlr: {smoke: fast}\n", r"3:13: .*'lr.smoke' must be a number from 0.0 to 100.0"),
-        ("title: T\nwhy: W\nlr: {smoke: 1e9}\n", r"3:13: .*from 0.0 to 100.0"),
+        ("title: T\nwhy: W\nlr: {smoke: fast}\n", r"3:13: .*'lr.smoke' must be a number from .* to 100.0"),
+        ("title: T\nwhy: W\nlr: {smoke: 1e9}\n", r"3:13: .*from .* to 100.0"),
         ("title: T\ntitle: T\nwhy: W\n", r"2:1: repeated key 'title'"),
         ("title: T\n", r"1:1: missing key 'why'"),
         ("title: T\nwhy: !!python/object/apply:os.system [ls]\n", r"2:6: tags .* refused"),
