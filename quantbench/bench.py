@@ -131,12 +131,15 @@ def experiment(job: Job, store: Store, compute: bool = True, say: Say = lambda *
     try:
         checkpoint = stages.checkpoint()
         trained = _read(checkpoint, "training.json")
+        reason = trained["reason"]
         lazy = _Lazy(job, data, checkpoint)
         full, quantized = None, {}
-        if trained["reason"] is None:
+        if reason is None:
             metrics = {name: catalog.load("metrics", name).version for name in job.track.metrics}
             inputs = judged | {"version": VERSIONS["measure"], "metrics": metrics}
             full = _read(stage("measure", inputs, lambda _: _measure(lazy, say)), "figures.json")
+            reason = None if full["loss"] is not None else "the held-out loss is not finite"
+        if reason is None:
             for index, (name, quantizer) in enumerate(job.track.quantizers.items()):
                 inputs = judged | {
                     "version": VERSIONS["quantize"], "quantizer": {name: track["quantizers"][name]},
@@ -152,8 +155,8 @@ def experiment(job: Job, store: Store, compute: bool = True, say: Say = lambda *
         name: quantizer.version for name, quantizer in job.track.quantizers.items()}}  # type: ignore[attr-defined] # fmt: skip
     record = {
         "schema": SCHEMA,
-        "status": "finished" if trained["reason"] is None else "diverged",
-        "reason": trained["reason"],
+        "status": "finished" if reason is None else "diverged",
+        "reason": reason,
         "recipe": {"name": job.recipe_name, "digest": digest(job.resolved), "title": job.recipe.title,
                    "resolved": job.resolved},
         "track": {"name": job.track_name, "digest": digest(_without(track, COSMETIC)), "title": job.track.title,

@@ -30,8 +30,12 @@ class QuantbenchConfig(PreTrainedConfig):
     """Shape of the decoder and the recipe that trained it."""
 
     model_type = "quantbench"
-    keys_to_ignore_at_inference = ["past_key_values"]
-    attribute_map = {"hidden_size": "width", "num_hidden_layers": "layers", "num_attention_heads": "heads"}
+    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012 - transformers wants a list
+    attribute_map = {  # noqa: RUF012 - and a dict
+        "hidden_size": "width",
+        "num_hidden_layers": "layers",
+        "num_attention_heads": "heads",
+    }
 
     def __init__(
         self,
@@ -135,7 +139,7 @@ class QuantbenchModel(PreTrainedModel, GenerationMixin):
 
     config_class = QuantbenchConfig
     main_input_name = "input_ids"
-    _no_split_modules = ["Block"]
+    _no_split_modules = ["Block"]  # noqa: RUF012
     _supports_sdpa = True
 
     def __init__(self, config: QuantbenchConfig) -> None:
@@ -183,7 +187,7 @@ class QuantbenchModel(PreTrainedModel, GenerationMixin):
         front_BRD = None if self.front is None else self.front(len(x_BTD))
         if front_BRD is not None and past == 0:
             x_BTD = torch.cat((front_BRD, x_BTD), 1)
-        B, T, _ = x_BTD.shape
+        T = x_BTD.shape[1]
         if attention_mask is not None and front_BRD is not None:
             attention_mask = F.pad(attention_mask, (front_BRD.shape[1], 0), value=1)
         if attention_mask is not None:

@@ -30,7 +30,9 @@ class Recipe:
     why: str  # one sentence: why it might help
     paper: str = ""  # arXiv id or address
     mitigations: Annotated[dict[str, object], Entries("mitigations", catalog)] = field(default_factory=dict)
-    lr: dict[str, Annotated[float, Range(1e-12, 100.0)]] = field(default_factory=dict)  # track -> tuned; else the track's
+    lr: dict[str, Annotated[float, Range(1e-12, 100.0)]] = field(
+        default_factory=dict
+    )  # track -> tuned; else the track's
 
     def __post_init__(self) -> None:
         for track in self.lr:
@@ -93,7 +95,9 @@ class Track:
     model: Shape = field(default_factory=Shape)
     length: Annotated[int, Range(2, 1_048_576)] = 128  # tokens of a sequence that are predicted
     batch: Annotated[int, Range(1, 1_048_576)] = 8  # sequences a step
-    weight_decay: Annotated[float, Range(0.0, 100.0)] = 0.5  # on matrices; at every lr a step shrinks them by the track's lr * this
+    weight_decay: Annotated[float, Range(0.0, 100.0)] = (
+        0.5  # on matrices; at every lr a step shrinks them by the track's lr * this
+    )
     betas: tuple[Annotated[float, Range(0.0, 0.999999)], Annotated[float, Range(0.0, 0.999999)]] = (0.9, 0.95)
     clip: Annotated[float, Range(0.0, 1e9)] = 1.0  # gradient norm; 0: no clipping
     warmup: Annotated[int, Range(0, 100_000_000)] = 100  # steps

@@ -67,4 +67,3 @@ def write(results: Path, record: dict[str, Any]) -> Path:
     path = results / record["track"]["name"] / record["recipe"]["name"] / "tune.json"
     atomic_write(path, canonical(record | {"source": bench.source()}))
     return path
-

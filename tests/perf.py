@@ -70,7 +70,9 @@ def plain_loop(track: Track, vocab: int, folder: Path) -> Callable[[], None]:
     """A step of the peer."""
     torch.manual_seed(0)
     model = Plain(track, vocab)
-    optimizer = torch.optim.AdamW(model.parameters(), track.lr, track.betas, weight_decay=track.weight_decay, fused=True)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), track.lr, track.betas, weight_decay=track.weight_decay, fused=True
+    )
     np.random.default_rng(0).integers(0, vocab, 1_000_000).astype(np.uint16).tofile(folder / "ids.bin")
 
     def step() -> None:
@@ -160,7 +162,13 @@ def render(folder: Path) -> str:
         lines += [f"## {record['environment']['cpu']}, torch {record['environment']['torch']}", "",
                   "| setting | loop | tokens a step | CPU ms a step | ratio |", "| --- | --- | --: | --: | --: |"]  # fmt: skip
         for row in record["training-step"]:
-            cells = (row["setting"], row["loop"], row["tokens-a-step"], row["cpu-ms-a-step"], row["ratio-to-plain-loop"])
+            cells = (
+                row["setting"],
+                row["loop"],
+                row["tokens-a-step"],
+                row["cpu-ms-a-step"],
+                row["ratio-to-plain-loop"],
+            )
             lines.append("| " + " | ".join(map(str, cells)) + " |")
         lines.append("")
     return "\n".join(lines)

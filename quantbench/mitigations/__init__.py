@@ -1,4 +1,4 @@
-"""What a recipe changes about pretraining. One file, one mitigation; this file is the contract, its bodies the baseline.
+"""What a recipe changes about pretraining. One file, one mitigation; this file is the contract and the baseline.
 
 A mitigation is a frozen dataclass of parameters and the seams it overrides. A seam that builds a part of the
 model gets the model's config and returns a module. Two mitigations combine where they override different seams.
@@ -10,7 +10,7 @@ model gets the model's config and returns a module. Two mitigations combine wher
 | `norm` | a normalisation layer | single-scale-norm, outlier-protected-block |
 | `block` | how a sublayer's output joins the residual | outlier-protected-block |
 | `query_key` | queries and keys before positions | qk-norm, outlier-protected-block |
-| `weights` | scores -> weights of the values | relu-attention, sigmoid, softpick, clipped-softmax, softmax1, sink-logit, kv-bias |
+| `weights` | scores -> weights of the values | relu-attention, sigmoid, softpick, clipped, softmax1, kv-bias, ... |
 | `output` | heads' outputs before the projection | gated-attn (both), value-gate, context-scale |
 | `optimizer` | how parameters move | adamw (controls), sgd, muon, ortho-adam |
 | `penalty` | a term of the training loss, left out of every loss that is logged or tuned on | peak-penalty |

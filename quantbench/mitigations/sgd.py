@@ -1,4 +1,4 @@
-"""SGD with momentum instead of AdamW: without per-coordinate scaling the residual peak need not grow (arXiv:2410.13835).
+"""SGD with momentum: without per-coordinate scaling the residual peak need not grow (arXiv:2410.13835).
 
     v <- momentum * v + g;    w <- w - lr * v    (or the Nesterov form, w <- w - lr * (g + momentum * v))
 
