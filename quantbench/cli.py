@@ -286,8 +286,10 @@ def _parser() -> argparse.ArgumentParser:
         "--jobs", type=_count, metavar="N", help="runs at a time, one thread each (default: one per core)"
     )
     runs.add_argument("--results", metavar="DIR", help="where records and tables go (default: results/)")
-    runs.add_argument("--set", action="append", default=[], metavar="KEY=VALUE",
-                      help="explore another key of the track: goes to a scratch folder, never onto the leaderboard")  # fmt: skip
+    runs.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE",
+        help="explore another key of the track: goes to a scratch folder, never onto the leaderboard",
+    )  # fmt: skip
     runs.add_argument("--dry-run", action="store_true", help="say what would run, and what is there already")
     runs.add_argument("--accept", action="store_true", help="replace committed records that this run contradicts")
     tunes = verb("tune", tune)

@@ -2,7 +2,7 @@
 
 The peer is a plain loop in the manner of nanoGPT (its README's recipe, written anew): the same decoder from torch's
 own parts, SDPA, fused AdamW, bf16 autocast, batches sliced out of a memory map. Both take turns in short chunks on
-one thread; CPU time a step, median over the chunks. Writes results/perf/<machine>.json and renders results/perf/README.md.
+one thread; CPU time a step, median over the chunks. Writes results/perf/<machine>.json and a table beside it.
 """
 
 import json
@@ -155,12 +155,17 @@ def main() -> None:
 
 def render(folder: Path) -> str:
     """The table of every machine's file."""
-    lines = ["# Speed", "", "Rendered by `make perf`; CPU time of a training step on one thread, median over chunks",
-             "that take turns with a plain loop of the same decoder. Below 1 is faster than the plain loop.", ""]  # fmt: skip
+    lines = [
+        "# Speed",
+        "",
+        "Rendered by `make perf`; CPU time of a training step on one thread, median over chunks that take turns with a",
+        "plain loop of the same decoder. Below 1 is faster than the plain loop.",
+        "",
+    ]
     for path in sorted(folder.glob("*.json")):
         record = json.loads(path.read_text())
-        lines += [f"## {record['environment']['cpu']}, torch {record['environment']['torch']}", "",
-                  "| setting | loop | tokens a step | CPU ms a step | ratio |", "| --- | --- | --: | --: | --: |"]  # fmt: skip
+        lines += [f"## {record['environment']['cpu']}, torch {record['environment']['torch']}", ""]
+        lines += ["| setting | loop | tokens a step | CPU ms a step | ratio |", "| --- | --- | --: | --: | --: |"]
         for row in record["training-step"]:
             cells = (
                 row["setting"],
