@@ -28,7 +28,7 @@ from quantbench.recipe import Track, load_recipe, load_track
 from quantbench.store import atomic_write
 from quantbench.strict import dump
 
-CHUNKS, STEPS = 9, 40  # chunks of each contestant, steps a chunk
+CHUNKS, STEPS = 5, 30  # chunks of each contestant, steps a chunk
 
 
 class PlainBlock(nn.Module):
