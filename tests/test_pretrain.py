@@ -318,8 +318,8 @@ def test_the_timeline_holds_the_signatures_on_held_out_sequences(tmp_path: Path)
     initialise(start, 0)
     batch = torch.from_numpy(DATA.held_out(16, 16))[:, :-1]
     assert done.timeline == [
-        {"step": 0, **signatures(start, [batch])},
-        {"step": 3, **signatures(done.model, [batch])},
+        {"step": 0, "loss": None, **signatures(start, [batch])},
+        {"step": 3, "loss": done.losses[-1], **signatures(done.model, [batch])},
     ]
 
 
