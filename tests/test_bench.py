@@ -65,7 +65,12 @@ def start(project: Path, *arguments: str) -> subprocess.Popen[str]:
     """The command in a process group of its own."""
     command = [sys.executable, "-m", "quantbench", *arguments]
     pipe = subprocess.PIPE
-    return subprocess.Popen(command, cwd=project, stdout=pipe, stderr=pipe, text=True, start_new_session=True)
+    # A shell that runs the suite in the background ignores SIGINT, and children inherit that.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        return subprocess.Popen(command, cwd=project, stdout=pipe, stderr=pipe, text=True, start_new_session=True)
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def run(project: Path, *arguments: str) -> tuple[int, str, str]:
