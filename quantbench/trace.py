@@ -16,7 +16,7 @@ from torch import Generator, Tensor, nn
 
 from quantbench.anatomy import Anatomy, Heads, anatomy
 from quantbench.catalog import entry_name, load
-from quantbench.metrics import Metric, Reading, finite, median
+from quantbench.metrics import Activations, Metric, Reading, finite, median
 
 Watcher = Callable[[Tensor], None]
 
@@ -134,8 +134,9 @@ def _wires(parts: Anatomy, metrics: Sequence[Metric]) -> list[tuple[nn.Module, W
 
 def _to_all(methods: Sequence[Callable[..., None]], *place: object) -> Watcher:
     def watch(x: Tensor) -> None:
+        seen = Activations(x)
         for method in methods:
-            method(*place, x)
+            method(*place, seen)
 
     return watch
 
@@ -183,13 +184,9 @@ def _block_outputs(
     return found
 
 
-def _norms(hidden_BTD: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(hidden_BTD, dim=-1)
-
-
 def peak_norms(model: nn.Module, ids_BT: Tensor, parts: Anatomy | None = None) -> Tensor:
     """Norms of the residual stream after each block, [L, B, T]."""
-    return torch.stack([_norms(hidden_BTD) for hidden_BTD in _block_outputs(model, ids_BT, None, parts)])
+    return torch.stack([Activations(hidden_BTD).norms_BT for hidden_BTD in _block_outputs(model, ids_BT, None, parts)])
 
 
 @dataclass(frozen=True)
@@ -204,7 +201,7 @@ class ExtremeRule:
 
     def of(self, hidden_BTD: Tensor) -> Tensor:
         """Bool [B, T] from the full-precision residual stream after block `layer`."""
-        mask_BT = _norms(hidden_BTD) > self.threshold
+        mask_BT = Activations(hidden_BTD).norms_BT > self.threshold
         mask_BT[:, 0] = True
         return mask_BT
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from quantbench import catalog, trace
 from quantbench.anatomy import Anatomy, Heads, Site
-from quantbench.metrics import LayerMean, Metric, Reading, largest, median
+from quantbench.metrics import Activations, LayerMean, Metric, Reading, largest, median
 from quantbench.metrics.act_max import ActMax
 from quantbench.metrics.bos_attention import BosAttention
 from quantbench.metrics.delta_logit import DeltaLogit
@@ -30,7 +30,7 @@ ON_ATTENTION = [SinkRate, BosAttention, DeltaLogit]
 def of_residuals(kind: type[Metric], *blocks_BTD: Tensor) -> Reading:
     metric = kind()
     for layer, hidden_BTD in enumerate(blocks_BTD):
-        metric.residual(layer, hidden_BTD)
+        metric.residual(layer, Activations(hidden_BTD))
     return metric.result()
 
 
@@ -107,9 +107,9 @@ def test_kurtosis_by_hand() -> None:
 def test_kurtosis_he_pools_tokens_over_batches() -> None:
     hidden_BTD = torch.randn(4, 8, 16, generator=torch.Generator().manual_seed(3))
     whole, parts = KurtosisHe(), KurtosisHe()
-    whole.residual(0, hidden_BTD)
-    parts.residual(0, hidden_BTD[:1])
-    parts.residual(0, hidden_BTD[1:])
+    whole.residual(0, Activations(hidden_BTD))
+    parts.residual(0, Activations(hidden_BTD[:1]))
+    parts.residual(0, Activations(hidden_BTD[1:]))
     assert parts.result().value == pytest.approx(whole.result().value, rel=1e-12)
 
 
@@ -141,8 +141,8 @@ def test_residual_peak_by_hand() -> None:
 def test_residual_peak_is_the_mean_over_sequences_not_over_batches() -> None:
     hidden_BTD = torch.randn(3, 6, 4, generator=torch.Generator().manual_seed(4))
     metric = ResidualPeak()
-    metric.residual(0, hidden_BTD[:2])
-    metric.residual(0, hidden_BTD[2:])
+    metric.residual(0, Activations(hidden_BTD[:2]))
+    metric.residual(0, Activations(hidden_BTD[2:]))
     assert metric.result().value == pytest.approx(of_residuals(ResidualPeak, hidden_BTD).value, rel=1e-12)
 
 
@@ -157,7 +157,7 @@ def test_a_token_that_always_grows_is_no_relative_peak() -> None:
 def test_inf_norm_is_the_largest_over_batches_and_blocks() -> None:
     metric = InfNorm()
     for layer, numbers_ in [(0, [1.0, -7.0]), (1, [2.0, 3.0]), (0, [4.0, 0.0]), (1, [-5.0, 1.0])]:
-        metric.residual(layer, torch.tensor([[numbers_]]))
+        metric.residual(layer, Activations(torch.tensor([[numbers_]])))
     assert metric.result() == Reading(7.0, [7.0, 5.0], {"layer": 0})
 
 
@@ -175,11 +175,11 @@ def test_massive_activations_need_size_and_ratio() -> None:
 
 def test_act_max_names_its_layer_and_counts_the_head() -> None:
     metric = ActMax()
-    metric.linear_input("0.a", 0, torch.tensor([[[1.0, -9.0]]]))
-    metric.linear_input("1.a", 1, torch.tensor([[[5.0, 2.0]]]))
-    metric.linear_input("head", None, torch.tensor([[[3.0, -3.0]]]))
+    metric.linear_input("0.a", 0, Activations(torch.tensor([[[1.0, -9.0]]])))
+    metric.linear_input("1.a", 1, Activations(torch.tensor([[[5.0, 2.0]]])))
+    metric.linear_input("head", None, Activations(torch.tensor([[[3.0, -3.0]]])))
     assert metric.result() == Reading(9.0, [9.0, 5.0], {"layer": 0, "head": 3.0})
-    metric.linear_input("head", None, torch.tensor([[[-11.0, 0.0]]]))
+    metric.linear_input("head", None, Activations(torch.tensor([[[-11.0, 0.0]]])))
     assert metric.result() == Reading(11.0, [9.0, 5.0], {"layer": None, "head": 11.0})
 
 
@@ -337,10 +337,10 @@ def test_zero_values_have_no_drain() -> None:
 
 
 @pytest.mark.parametrize("kind", ON_RESIDUALS)
-def test_float16_at_the_end_of_its_range_reads_as_float64(kind: type[Metric]) -> None:
+def test_float16_at_the_end_of_its_range_reads_as_float32(kind: type[Metric]) -> None:
     hidden_BTD = torch.randn(1, 16, 32, generator=torch.Generator().manual_seed(6)).half()
     hidden_BTD[0, 0, 0], hidden_BTD[0, 3, 1] = 65504.0, -60000.0
-    narrow, wide = of_residuals(kind, hidden_BTD), of_residuals(kind, hidden_BTD.double())
+    narrow, wide = of_residuals(kind, hidden_BTD), of_residuals(kind, hidden_BTD.float())
     assert narrow.value == pytest.approx(wide.value, rel=1e-6)
     assert narrow.value is not None
 
@@ -374,7 +374,7 @@ def test_a_metric_that_saw_nothing_is_undefined(name: str) -> None:
 @pytest.mark.parametrize("name", [n for n in catalog.names("metrics") if n not in ("act-max", "value-drain")])
 def test_sequences_of_one_token(name: str) -> None:
     metric = catalog.load("metrics", name)()
-    metric.residual(0, torch.ones(1, 1, 4))
+    metric.residual(0, Activations(torch.ones(1, 1, 4)))
     metric.attention(0, torch.ones(1, 1, 1, 1), torch.ones(1, 1, 1, 1))
     assert all(math.isfinite(x) for x in numbers(metric.result()))
 
@@ -518,7 +518,7 @@ def test_only_watched_places_are_wired_and_hooks_go_even_after_an_error() -> Non
     assert wired == [3, 6, 7]  # blocks; scores and weights; two Linears a block and the head
 
     class Failing(Metric):
-        def residual(self, layer: int, hidden_BTD: Tensor) -> None:
+        def residual(self, layer: int, hidden: Activations) -> None:
             raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):

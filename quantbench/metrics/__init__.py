@@ -11,9 +11,12 @@ Layer 0 is the first block. Position 0 is BOS where sequences begin with one.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor
+
+from quantbench.ops import OutlierStats, outlier_stats
 
 
 @dataclass(frozen=True)
@@ -25,6 +28,27 @@ class Reading:
     extra: dict[str, float | int | None] = field(default_factory=dict)  # named companions of the value
 
 
+class Activations:
+    """What passes a site, [B, T, D], and the statistics of it: one pass, shared by all metrics that ask for them."""
+
+    def __init__(self, x_BTD: Tensor) -> None:
+        self.x_BTD = x_BTD
+
+    @cached_property
+    def stats(self) -> OutlierStats:
+        """Of all B x T tokens."""
+        return outlier_stats(self.x_BTD.flatten(0, -2))
+
+    @property
+    def norms_BT(self) -> Tensor:
+        return self.stats.row_l2.view(self.x_BTD.shape[:-1])
+
+    @property
+    def largest(self) -> Tensor:
+        """max |x|, a scalar; NaN where one is."""
+        return self.stats.row_absmax.amax()
+
+
 class Metric:
     """The contract. An instance measures one model once."""
 
@@ -34,10 +58,10 @@ class Metric:
     def tokens(self, ids_BT: Tensor) -> None:
         """The ids of the batch that comes next: for a metric that treats some tokens apart."""
 
-    def embedding(self, hidden_BTD: Tensor) -> None:
+    def embedding(self, hidden: Activations) -> None:
         """The residual stream before the first block."""
 
-    def residual(self, layer: int, hidden_BTD: Tensor) -> None:
+    def residual(self, layer: int, hidden: Activations) -> None:
         """The residual stream after a block, before the final norm."""
 
     def attention(self, layer: int, scores_BHTT: Tensor, weights_BHTT: Tensor) -> None:
@@ -49,7 +73,7 @@ class Metric:
     def values(self, layer: int, values_BHTE: Tensor, output_HED: Tensor) -> None:
         """Value states, repeated to the query heads, and each head's slice of the output projection."""
 
-    def linear_input(self, name: str, layer: int | None, input_BTD: Tensor) -> None:
+    def linear_input(self, name: str, layer: int | None, input: Activations) -> None:
         """The input of a Linear inside a block (layer) or outside (None: the head)."""
 
     def result(self) -> Reading:

@@ -8,7 +8,7 @@ largest.
 import torch
 from torch import Tensor
 
-from quantbench.metrics import Metric, Reading, finite
+from quantbench.metrics import Activations, Metric, Reading, finite
 
 
 class ActMax(Metric):
@@ -18,8 +18,8 @@ class ActMax(Metric):
         self.maxima: dict[int, Tensor] = {}
         self.head: Tensor | None = None
 
-    def linear_input(self, name: str, layer: int | None, input_BTD: Tensor) -> None:
-        found = input_BTD.abs().amax().double()
+    def linear_input(self, name: str, layer: int | None, input: Activations) -> None:
+        found = input.largest.double()
         if layer is None:
             self.head = found if self.head is None else torch.maximum(self.head, found)
         else:

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from quantbench.metrics import Metric, Reading, worst_layer
+from quantbench.metrics import Activations, Metric, Reading, worst_layer
 
 
 class InfNorm(Metric):
@@ -12,8 +12,8 @@ class InfNorm(Metric):
     def __init__(self) -> None:
         self.maxima: dict[int, Tensor] = {}
 
-    def residual(self, layer: int, hidden_BTD: Tensor) -> None:
-        found = hidden_BTD.abs().amax().double()
+    def residual(self, layer: int, hidden: Activations) -> None:
+        found = hidden.largest.double()
         self.maxima[layer] = torch.maximum(self.maxima.get(layer, found), found)
 
     def result(self) -> Reading:

@@ -16,7 +16,8 @@ by one). Where all elements are equal there is no kurtosis: such tokens or seque
 import torch
 from torch import Tensor
 
-from quantbench.metrics import LayerMean, Metric, Reading, worst_layer
+from quantbench.metrics import Activations, LayerMean, Metric, Reading, worst_layer
+from quantbench.ops import outlier_stats
 
 
 class KurtosisHe(Metric):
@@ -25,8 +26,8 @@ class KurtosisHe(Metric):
     def __init__(self) -> None:
         self.squares = LayerMean()  # s_j^2, [D]
 
-    def residual(self, layer: int, hidden_BTD: Tensor) -> None:
-        self.squares.add(layer, hidden_BTD.flatten(0, 1).double().square())
+    def residual(self, layer: int, hidden: Activations) -> None:
+        self.squares.add(layer, hidden.x_BTD.flatten(0, 1).double().square())
 
     def result(self) -> Reading:
         per_layer: list[float | None] = []
@@ -42,8 +43,8 @@ class KurtosisOSP(Metric):
     def __init__(self) -> None:
         self.tokens_excess = LayerMean()
 
-    def residual(self, layer: int, hidden_BTD: Tensor) -> None:
-        kurtosis_N, defined_N = _kurtosis(hidden_BTD.flatten(0, 1))
+    def residual(self, layer: int, hidden: Activations) -> None:
+        kurtosis_N, defined_N = _kurtosis(hidden.x_BTD.flatten(0, 1))
         self.tokens_excess.add(layer, kurtosis_N - 3, defined_N)
 
     def result(self) -> Reading:
@@ -56,8 +57,11 @@ class KurtosisQualcomm(Metric):
     def __init__(self) -> None:
         self.sequences = LayerMean()
 
-    def residual(self, layer: int, hidden_BTD: Tensor) -> None:
-        self.sequences.add(layer, *_kurtosis(hidden_BTD.flatten(1)))
+    def residual(self, layer: int, hidden: Activations) -> None:
+        moments_B5 = torch.stack([outlier_stats(x_TD).moments for x_TD in hidden.x_BTD])
+        count_B, _, M2_B, _, M4_B = moments_B5.unbind(-1)
+        largest_B = hidden.stats.row_absmax.view(hidden.x_BTD.shape[:-1]).amax(-1)
+        self.sequences.add(layer, count_B * M4_B / M2_B**2, _defined((M2_B / count_B).sqrt(), largest_B))
 
     def result(self) -> Reading:
         return worst_layer(self.sequences.per_layer())
@@ -67,7 +71,11 @@ def _kurtosis(x: Tensor) -> tuple[Tensor, Tensor]:
     """E(x - m)^4 / (E(x - m)^2)^2 over the last axis, and whether it is defined: the elements are not all equal."""
     x = x.double()
     centred = x - x.mean(-1, keepdim=True)
-    # Equal float32 numbers differ from their computed mean by rounding alone, of which a kurtosis can be made.
-    defined = ~(centred.abs().amax(-1) <= torch.finfo(torch.float32).eps * x.abs().amax(-1))
+    defined = _defined(centred.abs().amax(-1), x.abs().amax(-1))
     variance = centred.square().mean(-1, keepdim=True)
     return (centred.square() / variance).square().mean(-1), defined
+
+
+def _defined(deviation: Tensor, largest: Tensor) -> Tensor:
+    """Equal float32 numbers differ from their computed mean by rounding alone, of which a kurtosis can be made."""
+    return ~(deviation <= torch.finfo(torch.float32).eps * largest)

@@ -4,7 +4,7 @@ sequence (Sun et al., arXiv:2402.17762); their number per sequence, at the block
 
 from torch import Tensor
 
-from quantbench.metrics import LayerMean, Metric, Reading, median, worst_layer
+from quantbench.metrics import Activations, LayerMean, Metric, Reading, median, worst_layer
 
 MAGNITUDE = 100.0
 TIMES_MEDIAN = 1000.0
@@ -16,8 +16,8 @@ class MassiveCount(Metric):
     def __init__(self) -> None:
         self.counts = LayerMean()
 
-    def residual(self, layer: int, hidden_BTD: Tensor) -> None:
-        size_BN = hidden_BTD.flatten(1).abs().float()
+    def residual(self, layer: int, hidden: Activations) -> None:
+        size_BN = hidden.x_BTD.flatten(1).abs().float()
         massive_BN = (size_BN > MAGNITUDE) & (size_BN > TIMES_MEDIAN * median(size_BN)[:, None])
         # A comparison with NaN is False: without this line a model that overflowed would count nothing.
         counts_B = massive_BN.sum(-1).double() + 0 * size_BN.sum(-1)

@@ -4,7 +4,7 @@ output; the value is the largest over blocks. A token whose median is zero has n
 
 from torch import Tensor
 
-from quantbench.metrics import LayerMean, Metric, Reading, median, worst_layer
+from quantbench.metrics import Activations, LayerMean, Metric, Reading, median, worst_layer
 
 
 class MMR(Metric):
@@ -13,8 +13,8 @@ class MMR(Metric):
     def __init__(self) -> None:
         self.ratios = LayerMean()
 
-    def residual(self, layer: int, hidden_BTD: Tensor) -> None:
-        size_ND = hidden_BTD.flatten(0, 1).abs().double()
+    def residual(self, layer: int, hidden: Activations) -> None:
+        size_ND = hidden.x_BTD.flatten(0, 1).abs().double()
         median_N = median(size_ND)
         self.ratios.add(layer, size_ND.amax(-1) / median_N, median_N != 0)
 

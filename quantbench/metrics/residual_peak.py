@@ -10,7 +10,7 @@ mean norm of the others (Guo et al., arXiv:2410.13835).
 import torch
 from torch import Tensor
 
-from quantbench.metrics import LayerMean, Metric, Reading, finite, largest, median
+from quantbench.metrics import Activations, LayerMean, Metric, Reading, finite, largest, median
 
 
 class ResidualPeak(Metric):
@@ -20,12 +20,12 @@ class ResidualPeak(Metric):
         self.peak, self.bos, self.others, self.excess = LayerMean(), LayerMean(), LayerMean(), LayerMean()
         self.embedded = LayerMean()
 
-    def embedding(self, hidden_BTD: Tensor) -> None:
-        norms_BT, median_B = _norms(hidden_BTD)
+    def embedding(self, hidden: Activations) -> None:
+        norms_BT, median_B = _norms(hidden)
         self.embedded.add(0, norms_BT.amax(-1) / median_B, median_B != 0)
 
-    def residual(self, layer: int, hidden_BTD: Tensor) -> None:
-        norms_BT, median_B = _norms(hidden_BTD)
+    def residual(self, layer: int, hidden: Activations) -> None:
+        norms_BT, median_B = _norms(hidden)
         defined_B = median_B != 0
         self.peak.add(layer, norms_BT.amax(-1) / median_B, defined_B)
         self.bos.add(layer, norms_BT[:, 0] / median_B, defined_B)
@@ -45,6 +45,6 @@ class ResidualPeak(Metric):
         return Reading(value, [finite(peak) for peak in peaks], extra)
 
 
-def _norms(hidden_BTD: Tensor) -> tuple[Tensor, Tensor]:
-    norms_BT = torch.linalg.vector_norm(hidden_BTD, dim=-1, dtype=torch.float64)
+def _norms(hidden: Activations) -> tuple[Tensor, Tensor]:
+    norms_BT = hidden.norms_BT.double()
     return norms_BT, median(norms_BT)

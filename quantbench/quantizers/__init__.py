@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from quantbench.anatomy import anatomy
+from quantbench.ops import Totals, outlier_stats
 from quantbench.ops.integers import dequantize, integer_matmul, pack_int4, quantize, scale_of, unpack_int4
 
 FULL = 16  # "bits" of an activation that is not quantized
@@ -79,19 +80,25 @@ class Quantizer:
 
 
 @torch.no_grad()
-def watch(
-    model: nn.Module, calibration: Calibration, see: Callable[[str, Tensor], None], residual: bool = False
-) -> None:
-    """Runs the calibration batches and shows `see(site, x_MK)` every site's tokens that are not exempt.
+def survey(
+    model: nn.Module, calibration: Calibration, threshold: float = 0.0, residual: bool = False
+) -> dict[str, Totals]:
+    """What each site carries over the calibration tokens that are not exempt: ranges, outliers, moments.
 
     Sites are the inputs of the Linears, under their names in `anatomy(model).linears()`, and with `residual` the
     residual stream after each block, under the number of its layer. To be called before anything is quantized.
+    An outlier is an element of at least `threshold`.
     """
+    assert calibration.batches, "a survey needs calibration batches"
     parts, exemption = anatomy(model), Exemption()
+    totals: dict[str, Totals] = {}
 
     def show(site: str, x: Tensor) -> None:
         exempt_BT = exemption.mask_for(x)
-        see(site, x.flatten(0, -2) if exempt_BT is None else x[~exempt_BT])
+        x_MK = x.flatten(0, -2) if exempt_BT is None else x[~exempt_BT]
+        if len(x_MK):  # a batch may be exempt as a whole
+            here = Totals.of(outlier_stats(x_MK, threshold))
+            totals[site] = totals[site].merge(here) if site in totals else here
 
     def on_input(site: str) -> Callable[[nn.Module, Any], None]:
         return lambda module, args: show(site, args[0])
@@ -112,19 +119,13 @@ def watch(
         model.train(training)
         for hook in hooks:
             hook.remove()
+    assert totals, "every calibration position is exempt"
+    return totals
 
 
 def absmax(model: nn.Module, calibration: Calibration, residual: bool = False) -> dict[str, Tensor]:
-    """The largest magnitude of each site of `watch`: static ranges. ValueError where one is infinite or NaN."""
-    largest: dict[str, Tensor] = {}
-
-    def see(site: str, x_MK: Tensor) -> None:
-        assert x_MK.numel(), f"every calibration position is exempt at {site}"
-        here = x_MK.abs().amax().float()
-        largest[site] = torch.maximum(largest.get(site, here), here)  # NaN stays
-
-    assert calibration.batches, "static ranges need calibration batches"
-    watch(model, calibration, see, residual)
+    """The largest magnitude of each site of `survey`: static ranges. ValueError where one is infinite or NaN."""
+    largest = {site: found.row_absmax for site, found in survey(model, calibration, residual=residual).items()}
     for site, value in largest.items():
         if not value.isfinite():
             raise ValueError(f"site {site}: activations overflow on the calibration batches; look at this run's losses")

@@ -24,8 +24,9 @@ import torch
 from torch import Tensor, nn
 
 from quantbench.anatomy import anatomy
-from quantbench.quantizers import Calibration, Exemption, LowBitLinear, Quantizer, swap, watch
+from quantbench.quantizers import Calibration, Exemption, LowBitLinear, Quantizer, survey, swap
 
+ABOVE_FP16 = 65_504 + 2.0**-8  # the float32 after float16's largest
 BLOCK = 64  # weights that share an NF4 scale
 
 
@@ -50,16 +51,10 @@ class BnbInt8(Quantizer):
 
     def quantize(self, model: nn.Module, calibration: Calibration) -> dict[str, float]:
         self.check([])
-        above, tokens = 0, 0
-
-        def see(name: str, x_MK: Tensor) -> None:
-            nonlocal above, tokens
-            above += int((x_MK.abs().amax(-1) > torch.finfo(torch.float16).max).sum())
-            tokens += len(x_MK)
-
-        watch(model, calibration, see)
+        sites = survey(model, calibration, ABOVE_FP16).values()
+        above, tokens = sum(int(found.outlier_tokens) for found in sites), sum(found.tokens for found in sites)
         report = swap(model, lambda name, linear: BnbInt8Linear(linear, calibration.exemption, self.threshold))
-        return report | {"above-fp16": above / max(1, tokens)}
+        return report | {"above-fp16": above / tokens}
 
 
 @dataclass(frozen=True)

@@ -19,11 +19,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from quantbench.quantizers import Calibration, Exemption, IntegerLinear, LowBitLinear, Quantizer, swap, watch
+from quantbench.ops import outlier_stats
+from quantbench.ops.integers import integer_matmul
+from quantbench.quantizers import Calibration, Exemption, IntegerLinear, LowBitLinear, Quantizer, survey, swap
 
 
 @dataclass(frozen=True)
 class LLMInt8(Quantizer):
+    version: ClassVar[int] = 2  # integers and columns by ops.outlier_stats
     title: ClassVar[str] = "INT8 per token, outlier columns (fixed at calibration) in full precision"
     quantizes_activations: ClassVar[bool] = True
 
@@ -38,16 +41,10 @@ class LLMInt8(Quantizer):
 
     def quantize(self, model: nn.Module, calibration: Calibration) -> dict[str, float]:
         self.check([])
-        assert calibration.batches, "outlier columns need calibration batches"
-        count_K: dict[str, Tensor] = {}
-        tokens: dict[str, int] = {}
-
-        def see(name: str, x_MK: Tensor) -> None:
-            count_K[name] = count_K.get(name, 0) + (x_MK.abs() >= self.threshold).sum(0)
-            tokens[name] = tokens.get(name, 0) + len(x_MK)
-
-        watch(model, calibration, see)
-        outlier_K = {name: (count > 0) & (count >= self.share * tokens[name]) for name, count in count_K.items()}
+        outlier_K = {
+            name: (found.col_count > 0) & (found.col_count >= self.share * found.tokens)
+            for name, found in survey(model, calibration, self.threshold).items()
+        }
         report = swap(model, lambda name, linear: MixedLinear(linear, calibration.exemption, outlier_K[name]))
         columns = torch.cat(list(outlier_K.values()))
         return report | {"columns-kept": columns.double().mean().item()}
@@ -56,11 +53,13 @@ class LLMInt8(Quantizer):
 class MixedLinear(LowBitLinear):
     """Some columns in full precision, the rest in int8 per token. J: columns kept."""
 
+    outlier_K: Tensor
     columns_J: Tensor
     kept_NJ: Tensor
 
     def __init__(self, linear: nn.Linear, exemption: Exemption, outlier_K: Tensor) -> None:
         super().__init__(linear, exemption)
+        self.register_buffer("outlier_K", outlier_K)
         self.register_buffer("columns_J", outlier_K.nonzero().flatten())
         self.register_buffer("kept_NJ", linear.weight.detach()[:, outlier_K])
         rest = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
@@ -68,9 +67,11 @@ class MixedLinear(LowBitLinear):
         self.rest = IntegerLinear(rest, exemption, weights=8, activations=8, scope="token")
 
     def low_bit(self, x: Tensor, exempt_BT: Tensor | None) -> Tensor:
-        y = self.rest.low_bit(x.index_fill(-1, self.columns_J, 0.0), exempt_BT)
+        found = outlier_stats(x.flatten(0, -2), skip_columns=self.outlier_K, quantize=True)
+        y_MN = integer_matmul(found.q, self.rest.weight).float() * self.rest.scale_NG.T
+        y = (y_MN * (found.row_scale / 127).unsqueeze(-1)).to(x.dtype).unflatten(0, x.shape[:-1])
         if len(self.columns_J):
-            y = y + F.linear(x[..., self.columns_J], self.kept_NJ)
+            y = y + F.linear(x[..., self.columns_J], self.kept_NJ.to(x.dtype))
         return y if self.bias is None else y + self.bias
 
     def dequantized_NK(self) -> Tensor:
