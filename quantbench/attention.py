@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from quantbench.ops.sink import causal_bias
+
 
 @lru_cache(maxsize=16)
 @torch.inference_mode(False)  # what is first asked for under inference mode must serve training, too
@@ -21,21 +23,9 @@ def causal(length: int, device: torch.device) -> Tensor:
     return torch.ones(length, length, dtype=torch.bool, device=device).tril()
 
 
-@lru_cache(maxsize=16)
-@torch.inference_mode(False)
-def causal_bias(length: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """The same as a term to add to the scores: 0 where visible, -inf where not, [T, T]."""
-    return torch.zeros(length, length, dtype=dtype, device=device).masked_fill(~causal(length, device), -torch.inf)
-
-
 def scores(q_BHTE: Tensor, k_BHSE: Tensor) -> Tensor:
     """Logits before masking, q.k / sqrt(E), [B, H, T, S]."""
     return q_BHTE @ k_BHSE.transpose(-1, -2) / q_BHTE.shape[-1] ** 0.5
-
-
-def batched_products(q_BHTE: Tensor) -> bool:
-    """Whether explicit products beat the fused kernel: bf16 on a CPU, where heads are narrow (measured, 3 x at E 8)."""
-    return q_BHTE.device.type == "cpu" and q_BHTE.dtype == torch.bfloat16
 
 
 class Form(nn.Module):
@@ -59,7 +49,7 @@ class Softmax(Form):
         return scores_BHTS.masked_fill(~visible, -torch.inf).softmax(-1)
 
     def attend(self, q_BHTE: Tensor, k_BHSE: Tensor, v_BHSE: Tensor, visible: Tensor | None) -> Tensor:
-        if visible is not None or not batched_products(q_BHTE):
+        if visible is not None or not (q_BHTE.device.type == "cpu" and q_BHTE.dtype == torch.bfloat16):
             return F.scaled_dot_product_attention(q_BHTE, k_BHSE, v_BHSE, visible, is_causal=visible is None)
         B, H, T, E = q_BHTE.shape
         q, k, v = (x.reshape(B * H, T, E) for x in (q_BHTE, k_BHSE, v_BHSE))

@@ -15,6 +15,8 @@ AXES: dict[str, dict[str, str]] = {
     },
     "mitigations": {
         "relu-attention": "relu_attention:ReluAttention",
+        "softmax1": "sink_logit:Softmax1",
+        "sink-logit": "sink_logit:SinkLogit",
         "adamw": "adamw:AdamW",
         "sgd": "sgd:SGD",
     },

@@ -101,16 +101,16 @@ def _each(check: Check, names: Check = text) -> Check:
     return every
 
 
-def _object(**members: Check) -> Check:
-    """An object with just these members; `a_b` stands for the key `a-b`."""
+def _object(since: tuple[str, ...] = (), **members: Check) -> Check:
+    """An object with just these members; `a_b` stands for the key `a-b`. Older records lack those of `since`."""
     checks = {name.replace("_", "-"): check for name, check in members.items()}
 
     def every(value: Any, where: str) -> None:
         mapping(value, where)
-        for name in sorted(checks.keys() ^ value.keys()):
+        for name in sorted((checks.keys() ^ value.keys()) - set(since) | (value.keys() - checks.keys())):
             raise ResultsError(f"{where}: {'missing' if name in checks else 'unknown'} key {name!r}")
-        for name, check in checks.items():
-            check(value[name], f"{where}.{name}")
+        for name in value:
+            checks[name](value[name], f"{where}.{name}")
 
     return every
 
@@ -138,7 +138,15 @@ _shape = _object(
     seed=integer,
     data=text,
     versions=_each(anything),
-    environment=_object(torch=text, bitsandbytes=_or_null(text), threads=integer, cpu=text, device=text),
+    environment=_object(
+        since=("statistics",),
+        torch=text,
+        bitsandbytes=_or_null(text),
+        threads=integer,
+        cpu=text,
+        device=text,
+        statistics=text,
+    ),
     cost=_object(parameters=integer, added_parameters=integer, flops_per_token=integer),
     training=_object(
         losses=_list(_point),

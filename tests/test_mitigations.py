@@ -12,12 +12,15 @@ from tiny import ENTRIES, EVERY, MODELS, RECIPES, Mitigations, gaussian, ids, mo
 from torch import Tensor, nn
 
 from quantbench import catalog
-from quantbench.attention import causal
+from quantbench.attention import Softmax, causal, scores
 from quantbench.mitigations import SEAMS, Mitigation, Settings, by_shape, combine, seams
 from quantbench.mitigations.adamw import AdamW
 from quantbench.mitigations.relu_attention import Relu, ReluAttention
 from quantbench.mitigations.sgd import SGD
+from quantbench.mitigations.sink_logit import SinkLogit, Softmax1
 from quantbench.model import QuantbenchConfig
+from quantbench.ops.relu import relu_attention
+from quantbench.ops.sink import sink_attention
 from quantbench.pretrain import pretrain, schedule
 from quantbench.tasks.bigram_backcopy import BigramBackcopy
 
@@ -39,8 +42,8 @@ def trained(
     return done.losses, done.model.state_dict()
 
 
-def form(mitigations: Mitigations) -> nn.Module:
-    config = QuantbenchConfig(mitigations=mitigations)
+def form(mitigations: Mitigations, heads: int) -> nn.Module:
+    config = QuantbenchConfig(mitigations=mitigations, width=64 * heads, heads=heads)
     return config.mitigation().weights(config)
 
 
@@ -88,13 +91,14 @@ def test_a_recipe_trains_another_model_than_the_baseline(name: str, tmp_path: Pa
 @models
 def test_weights_look_at_nothing_that_is_not_visible(mitigations: Mitigations) -> None:
     scores_BHTS = gaussian(2, 3, 8, 8)
-    weights = form(mitigations)(scores_BHTS, causal(8, CPU))
+    attention = form(mitigations, heads=3)
+    weights = attention(scores_BHTS, causal(8, CPU))
     assert not weights[..., :8].triu(1).any()
-    changed = form(mitigations)(scores_BHTS + torch.ones(8, 8).triu(1) * 50, causal(8, CPU))
+    changed = attention(scores_BHTS + torch.ones(8, 8).triu(1) * 50, causal(8, CPU))
     assert torch.equal(weights, changed)
     hole = causal(8, CPU).clone()
     hole[4:, 2] = False
-    assert not form(mitigations)(scores_BHTS, hole)[..., 4:, 2].any()
+    assert not attention(scores_BHTS, hole)[..., 4:, 2].any()
 
 
 @models
@@ -102,21 +106,52 @@ def test_weights_look_at_nothing_that_is_not_visible(mitigations: Mitigations) -
 def test_weights_are_finite_in_bf16_whatever_the_scores(mitigations: Mitigations, size: float) -> None:
     signs = gaussian(2, 3, 8, 8).sign() if size > 0 else torch.ones(2, 3, 8, 8)
     scores_BHTS = (size * signs).to(torch.bfloat16).requires_grad_()
-    weights = form(mitigations)(scores_BHTS, causal(8, CPU))
+    attention = form(mitigations, heads=3)
+    weights = attention(scores_BHTS, causal(8, CPU))
     assert weights.isfinite().all()
     (gradient,) = torch.autograd.grad(weights.float().square().sum(), scores_BHTS)
     assert gradient.isfinite().all()
     q = torch.full((2, 3, 8, 16), 300**0.5 / 2).to(torch.bfloat16)  # q.k / sqrt(E) = 300
-    assert form(mitigations).attend(q, math.copysign(1, size) * q, q, None).isfinite().all()
+    assert attention.attend(q, math.copysign(1, size) * q, q, None).isfinite().all()
 
 
 @models
 def test_gradients_are_those_of_finite_differences(mitigations: Mitigations) -> None:
-    attention = form(mitigations).double()
+    attention = form(mitigations, heads=2).double()
+    learned = tuple(attention.parameters())
     scores_BHTS = gaussian(1, 2, 4, 4, dtype=torch.float64).requires_grad_()
-    assert torch.autograd.gradcheck(lambda s: attention(s, causal(4, CPU)), scores_BHTS)
+    assert torch.autograd.gradcheck(lambda s, *_: attention(s, causal(4, CPU)), (scores_BHTS, *learned))
     q, k, v = (gaussian(1, 2, 4, 6, seed=seed, dtype=torch.float64).requires_grad_() for seed in range(3))
-    assert torch.autograd.gradcheck(lambda *qkv: attention.attend(*qkv, None), (q, k, v))
+    assert torch.autograd.gradcheck(lambda q, k, v, *_: attention.attend(q, k, v, None), (q, k, v, *learned))
+
+
+@models
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_the_fast_way_is_the_formula(mitigations: Mitigations, dtype: torch.dtype) -> None:
+    """Outputs and gradients, at lengths on both sides of the fast ways' blocks."""
+    attention = form(mitigations, heads=2).to(torch.promote_types(dtype, torch.float32))
+    for parameter in attention.parameters():
+        nn.init.normal_(parameter, generator=torch.Generator().manual_seed(0))
+    close = {"rtol": 2e-2, "atol": 4e-2} if dtype == torch.bfloat16 else {"rtol": 1e-4, "atol": 1e-5}
+    for length in (1, 37, 128, 300):
+        q, k, v, dy = (gaussian(2, 2, length, 8, seed=seed).to(dtype) for seed in range(4))
+        leaves = [x.requires_grad_() for x in (q, k, v, *attention.parameters())]
+        fast = attention.attend(q, k, v, None)
+        slow = attention(scores(q.double(), k.double()), causal(length, CPU)) @ v.double()
+        torch.testing.assert_close(fast.double(), slow, **close)
+        for got, expected in zip(*(torch.autograd.grad(y, leaves, dy.to(y.dtype)) for y in (fast, slow)), strict=True):
+            torch.testing.assert_close(got, expected, **close)
+
+
+@models
+def test_the_fast_way_runs_under_autocast_in_its_dtype(mitigations: Mitigations) -> None:
+    attention = form(mitigations, heads=2)
+    q, k, v = (gaussian(2, 2, 20, 8, seed=seed) for seed in range(3))
+    with torch.autocast("cpu", torch.bfloat16):
+        low = attention.attend(q, k, v, None)
+    halves = (x.to(torch.bfloat16) for x in (q, k, v))
+    torch.testing.assert_close(low, attention.attend(*halves, None), rtol=2e-2, atol=2e-2)
+    assert low.dtype == torch.bfloat16
 
 
 @models
@@ -221,6 +256,48 @@ def test_relu_attends_by_the_papers_formula(power: float) -> None:
 
 def test_a_head_of_relu_attention_may_rest() -> None:
     assert not Relu(1.0)(-torch.ones(1, 1, 4, 4), causal(4, CPU)).any()
+
+
+# softmax1, sink-logit
+
+
+def test_softmax1_by_hand() -> None:
+    scores_TS = torch.tensor([[0.0, 9.0], [math.log(2), math.log(3)]])
+    weights = Softmax1().weights(QuantbenchConfig())(scores_TS[None, None], causal(2, CPU))[0, 0]
+    torch.testing.assert_close(weights, torch.tensor([[1 / 2, 0], [2 / 6, 3 / 6]]))
+
+
+def test_softmax1_is_softmax_where_logits_are_large_and_nothing_where_they_are_small() -> None:
+    scores_BHTS, visible = gaussian(1, 2, 6, 6), causal(6, CPU)
+    softmax1 = Softmax1().weights(QuantbenchConfig(heads=2))
+    torch.testing.assert_close(softmax1(scores_BHTS + 30, visible), Softmax()(scores_BHTS, visible))
+    assert softmax1(scores_BHTS - 30, visible).sum() < 1e-10
+
+
+def test_a_sink_logit_of_0_is_softmax1_and_one_of_20_leaves_little() -> None:
+    q, k, v = (gaussian(2, 4, 12, 16, seed=seed) for seed in range(3))
+    softmax1, sink = Softmax1().weights(QuantbenchConfig(heads=4)), SinkLogit().weights(QuantbenchConfig(heads=4))
+    with torch.no_grad():
+        assert torch.equal(sink.attend(q, k, v, None), softmax1.attend(q, k, v, None))
+        sink.sink_H.copy_(torch.tensor([0.0, 20.0, -20.0, 0.0]))
+        got, plain = sink.attend(q, k, v, None), Softmax().attend(q, k, v, None)
+    assert got[:, 1].abs().max() < 1e-6
+    torch.testing.assert_close(got[:, 2], plain[:, 2])
+
+
+def test_sink_logits_start_near_0_and_are_no_matrix() -> None:
+    decoder = model({"sink-logit": {"std": 0.02}})
+    logits = torch.stack([block.attention.form.sink_H.detach() for block in decoder.blocks])
+    assert 0 < logits.std() < 0.06
+    assert decoder.blocks[0].attention.form.sink_H.ndim == 1  # weight decay leaves it alone
+
+
+def test_attention_with_a_sink_says_what_it_takes() -> None:
+    q = gaussian(1, 2, 3, 4)
+    with pytest.raises(ValueError, match=r"one shape .* and a sink \[H\], not \[1, 2, 3, 4\], .*, \[3\]$"):
+        sink_attention(q, q, q, torch.zeros(3))
+    with pytest.raises(ValueError, match="one shape"):
+        relu_attention(q, q, q[..., :2], 1.0)
 
 
 # Optimizers

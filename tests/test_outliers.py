@@ -259,21 +259,18 @@ def test_every_float16_and_every_bfloat16() -> None:
             assert int(outlier_stats(x, value).row_count.sum()) == int((x.float().abs() >= limit).sum())
 
 
-def test_threads_change_no_bit() -> None:
-    threads = torch.get_num_threads()
+@pytest.mark.parametrize("compute", IMPLEMENTATIONS)
+def test_threads_change_no_bit(compute: Callable[..., OutlierStats]) -> None:
+    threads, found = torch.get_num_threads(), []
     x = gaussian(3000, 193)
     try:
-        torch.set_num_threads(1)
-        one = outlier_stats(x, 2.0, quantize=True)
-        torch.set_num_threads(2)
-        two = outlier_stats(x, 2.0, quantize=True)
-        torch.set_num_threads(7)
-        seven = outlier_stats(x, 2.0, quantize=True)
+        for count in (1, 2, 7):
+            torch.set_num_threads(count)
+            found.append(compute(x, 2.0, None, True))
     finally:
         torch.set_num_threads(threads)
-    for a, b, c in zip(one, two, seven):
-        assert torch.equal(a, b)
-        assert torch.equal(a, c)
+    for other in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0], other))
 
 
 needs_cpp = pytest.mark.skipif(

@@ -2,8 +2,6 @@
 sequence (Sun et al., arXiv:2402.17762); their number per sequence, at the block that has most.
 """
 
-from torch import Tensor
-
 from quantbench.metrics import Activations, LayerMean, Metric, Reading, median, worst_layer
 
 MAGNITUDE = 100.0

@@ -2,8 +2,6 @@
 output; the value is the largest over blocks. A token whose median is zero has no ratio and is left out.
 """
 
-from torch import Tensor
-
 from quantbench.metrics import Activations, LayerMean, Metric, Reading, median, worst_layer
 
 

@@ -7,7 +7,6 @@ largest of all but BOS, so that peak = max(bos, others) in every sequence. `exce
 mean norm of the others (Guo et al., arXiv:2410.13835).
 """
 
-import torch
 from torch import Tensor
 
 from quantbench.metrics import Activations, LayerMean, Metric, Reading, finite, largest, median

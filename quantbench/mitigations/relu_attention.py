@@ -8,14 +8,13 @@ hundreds, which sqrt-keys softens (arXiv:2309.08586 divides by the length).
 """
 
 from dataclasses import dataclass
-from functools import lru_cache
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
-import torch
 from torch import Tensor
 
-from quantbench.attention import Form, batched_products, causal
+from quantbench.attention import Form
 from quantbench.mitigations import Mitigation
+from quantbench.ops.relu import relu_attention
 
 if TYPE_CHECKING:
     from quantbench.model import QuantbenchConfig
@@ -25,6 +24,8 @@ POWER = {"keys": 1.0, "sqrt-keys": 0.5, "none": 0.0}
 
 @dataclass(frozen=True)
 class ReluAttention(Mitigation):
+    version: ClassVar[int] = 2  # by ops.relu, with a backward pass of its own
+
     normaliser: Literal["keys", "sqrt-keys", "none"] = "keys"
 
     def weights(self, config: "QuantbenchConfig") -> Form:
@@ -40,18 +41,6 @@ class Relu(Form):
         return scores_BHTS.relu() * (visible / visible.sum(-1, keepdim=True) ** self.power)
 
     def attend(self, q_BHTE: Tensor, k_BHSE: Tensor, v_BHSE: Tensor, visible: Tensor | None) -> Tensor:
-        if visible is not None or not batched_products(q_BHTE):
+        if visible is not None:
             return super().attend(q_BHTE, k_BHSE, v_BHSE, visible)
-        B, H, T, E = q_BHTE.shape
-        q, k, v = (x.reshape(B * H, T, E) for x in (q_BHTE, k_BHSE, v_BHSE))
-        with torch.autocast("cpu", enabled=False):
-            weights = torch.bmm(q, k.transpose(1, 2)).relu_() * factor(T, E, self.power, q.dtype, q.device)
-            return torch.bmm(weights, v).view(B, H, T, E)
-
-
-@lru_cache(maxsize=16)
-@torch.inference_mode(False)
-def factor(length: int, features: int, power: float, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Mask, normaliser and 1/sqrt(E) in one matrix: relu(s x) = s relu(x) for s > 0, [T, T]."""
-    visible = causal(length, device)
-    return (visible / visible.sum(-1, keepdim=True) ** power / features**0.5).to(dtype)
+        return relu_attention(q_BHTE, k_BHSE, v_BHSE, self.power)

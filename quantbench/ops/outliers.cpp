@@ -35,11 +35,11 @@ typedef float F32 __attribute__((vector_size(WIDTH)));
 typedef int32_t I32 __attribute__((vector_size(WIDTH)));
 typedef int16_t I16 __attribute__((vector_size(WIDTH)));
 
-constexpr int LANES = WIDTH / 4, CHUNK = 4 * LANES;     // elements in registers at once
-constexpr int64_t PIECE = 4096;                         // elements whose powers are summed in float32
-constexpr int64_t MOST_ROWS = 64;                       // of a piece, where rows are short
-constexpr int64_t BLOCK = 1 << 16;                      // elements, about, between which threads may change
-constexpr int64_t HUGE_OUTPUT = 1 << 23;                // bytes from which q is worth large memory pages
+constexpr int LANES = WIDTH / 4, CHUNK = 4 * LANES;  // floats of a vector; elements in registers at once
+constexpr int64_t PIECE = 4096;                      // elements whose powers are summed in float32
+constexpr int64_t MOST_ROWS = 64;                    // of a piece, where rows are short
+constexpr int64_t BLOCK = 1 << 16;                   // elements, about, of the rows that a thread takes at once
+constexpr int64_t LARGE = 1 << 23;                   // bytes of q from which large memory pages are asked for
 
 template <class To, class From> To as(From from) {
   static_assert(sizeof(To) == sizeof(From));
@@ -126,7 +126,7 @@ template <class T> struct Kernel {
 
   const Bits* x;
   int64_t rows, columns, stride;
-  Bits least;         // magnitude of an outlier
+  Bits least;        // magnitude of an outlier
   const Bits* kept;  // by column, all ones or zero; null: no mask of columns
   Outputs out;
   int64_t piece_rows = std::clamp<int64_t>(PIECE / columns, 1, MOST_ROWS);
@@ -257,7 +257,9 @@ template <class T> struct Kernel {
     if (!out.q) return;
     if (kept) quantize(i, nullptr, [from, kept = kept](int64_t j) -> Bits { return from[j] & kept[j]; });
     else if (row.count == 0) quantize(i, &row.top, [from](int64_t j) { return from[j]; });
-    else quantize(i, nullptr, [from, least = least](int64_t j) { return is_outlier(from[j] & SIZE, least) ? Bits(0) : from[j]; });
+    else quantize(i, nullptr, [from, least = least](int64_t j) {
+      return is_outlier(from[j] & SIZE, least) ? Bits(0) : from[j];
+    });
   }
 
   // `included` gives an element, or zero for one that is left out; `top` is the largest magnitude, where it is known.
@@ -318,7 +320,7 @@ int outlier_stats(const void* x, int64_t rows, int64_t columns, int64_t stride, 
   std::vector<Bits> kept;
   for (int64_t j = 0; skip && j < columns; ++j) kept.push_back(skip[j] ? 0 : -1);
 #ifdef __linux__
-  if (out.q && rows * columns >= HUGE_OUTPUT) {  // fresh memory: faults of small pages would take most of the time
+  if (out.q && rows * columns >= LARGE) {  // fresh memory: faults of small pages would take most of the time
     constexpr uintptr_t PAGE = 4096;
     const uintptr_t begin = (uintptr_t(out.q) + PAGE - 1) / PAGE * PAGE;
     madvise(reinterpret_cast<void*>(begin), uintptr_t(out.q) + rows * columns - begin, MADV_HUGEPAGE);

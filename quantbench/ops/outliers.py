@@ -31,7 +31,7 @@ from quantbench.ops import native
 
 SOURCE = Path(__file__).with_name("outliers.cpp")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-BLOCK = 1 << 17  # elements, about, that `blocked` works on at once: its float64 copies stay in the cache
+BLOCK, HIGHEST = 1 << 17, 1 << 14  # elements, about, and rows at most that `blocked` holds at once, in the cache
 
 
 class OutlierStats(NamedTuple):
@@ -212,7 +212,7 @@ def blocked(x_MN: Tensor, threshold: float, skip_columns: Tensor | None, quantiz
     found = _empty(x_MN, quantize)
     found.col_absmax.zero_()
     found.col_count.zero_()
-    moments_B5, height = [], max(1, BLOCK // x_MN.shape[1])
+    moments_B5, height = [], max(1, min(HIGHEST, BLOCK // x_MN.shape[1]))
     for start in range(0, len(x_MN), height):
         rows = slice(start, start + height)
         x = x_MN[rows].float()
@@ -241,10 +241,16 @@ def _outliers(size_MN: Tensor, threshold: float) -> Tensor:
 
 
 def _moments(exact_MN: Tensor) -> Tensor:
-    n, mean = exact_MN.new_tensor([exact_MN.numel()]), exact_MN.mean()
-    distance = exact_MN - mean
-    square = distance * distance
-    rest = torch.stack([mean, square.sum(), (square * distance).sum(), (square * square).sum()])
+    n = exact_MN.new_tensor([exact_MN.numel()])
+
+    def total(powers_MN: Tensor) -> Tensor:
+        return powers_MN.sum(1).sum().unsqueeze(0)  # by row, as torch splits one long sum among threads
+
+    mean = total(exact_MN) / n
+    distance_MN = exact_MN - mean
+    square_MN = distance_MN * distance_MN
+    about = [total(square_MN), total(square_MN * distance_MN), total(square_MN * square_MN)]
+    rest = torch.cat([mean, *about])
     return torch.cat([n, torch.where(rest.isfinite().all(), rest, torch.nan)])
 
 

@@ -1,15 +1,10 @@
-"""`make perf`: how fast a training step of the track `text` is, as a ratio to a peer in the same run.
+"""A training step of the track `text` under each attention form, against a plain loop in the same run.
 
 The peer is a plain loop in the manner of nanoGPT (its README's recipe, written anew): the same decoder from torch's
-own parts, SDPA, fused AdamW, bf16 autocast, batches sliced out of a memory map. Both take turns in short chunks on
-one thread; CPU time a step, median over the chunks. Writes results/perf/<machine>.json and a table beside it.
+own parts, SDPA, fused AdamW, bf16 autocast, batches sliced out of a memory map. All take turns on one thread.
 """
 
-import json
-import re
-import statistics
 import tempfile
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -19,16 +14,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from quantbench.bench import environment, source
 from quantbench.cli import root
 from quantbench.mitigations import Settings
 from quantbench.model import initialise
 from quantbench.pretrain import _step, build, steady_memory
 from quantbench.recipe import Track, load_recipe, load_track
-from quantbench.store import atomic_write
 from quantbench.strict import dump
+from tests.perf.contest import Row, contest, threads
 
-CHUNKS, STEPS = 5, 30  # chunks of each contestant, steps a chunk
+RECIPES = ("baseline", "relu-attn", "softmax1", "sink-logit", "sgd")
 
 
 class PlainBlock(nn.Module):
@@ -57,7 +51,8 @@ class Plain(nn.Module):
         self.blocks = nn.ModuleList(PlainBlock(shape.width, shape.heads, shape.mlp_width) for _ in range(shape.layers))
         self.norm, self.head = nn.RMSNorm(shape.width, eps=1e-6), nn.Linear(shape.width, vocab, bias=False)
         angle = torch.outer(torch.arange(track.length), 10_000 ** (-torch.arange(0, E, 2) / E))
-        self.cos, self.sin = torch.cat((angle, angle), -1).cos(), torch.cat((angle, angle), -1).sin()
+        self.register_buffer("cos", torch.cat((angle, angle), -1).cos())
+        self.register_buffer("sin", torch.cat((angle, angle), -1).sin())
 
     def forward(self, ids_BT: Tensor) -> Tensor:
         x = self.embed(ids_BT)
@@ -66,10 +61,10 @@ class Plain(nn.Module):
         return self.head(self.norm(x))
 
 
-def plain_loop(track: Track, vocab: int, folder: Path) -> Callable[[], None]:
+def plain_loop(track: Track, vocab: int, folder: Path, device: str) -> Callable[[], None]:
     """A step of the peer."""
     torch.manual_seed(0)
-    model = Plain(track, vocab)
+    model = Plain(track, vocab).to(device)
     optimizer = torch.optim.AdamW(
         model.parameters(), track.lr, track.betas, weight_decay=track.weight_decay, fused=True
     )
@@ -79,10 +74,12 @@ def plain_loop(track: Track, vocab: int, folder: Path) -> Callable[[], None]:
         ids = np.memmap(folder / "ids.bin", dtype=np.uint16, mode="r")
         starts = torch.randint(len(ids) - track.length - 1, (track.batch,)).tolist()
         x, y = (
-            torch.stack([torch.from_numpy(ids[i + s : i + s + track.length].astype(np.int64)) for i in starts])
+            torch.stack([torch.from_numpy(ids[i + s : i + s + track.length].astype(np.int64)) for i in starts]).to(
+                device
+            )
             for s in (0, 1)
         )
-        with torch.autocast("cpu", torch.bfloat16, enabled=track.precision == "bf16"):
+        with torch.autocast(device, torch.bfloat16, enabled=track.precision == "bf16"):
             loss = F.cross_entropy(model(x).flatten(0, 1), y.flatten())
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), track.clip)
@@ -93,7 +90,7 @@ def plain_loop(track: Track, vocab: int, folder: Path) -> Callable[[], None]:
     return step
 
 
-def our_loop(recipe: str, track: Track, data: object) -> Callable[[], None]:
+def our_loop(recipe: str, track: Track, data: object, device: str) -> Callable[[], None]:
     """A step of `pretrain` under a recipe."""
     mitigations = {
         name: {key.replace("-", "_"): value for key, value in parameters.items()}
@@ -101,83 +98,28 @@ def our_loop(recipe: str, track: Track, data: object) -> Callable[[], None]:
     }
     model = build(mitigations, track, data)  # type: ignore[arg-type]
     initialise(model, 0)
+    nn.Module.to(model, device)
     mitigation = model.train().config.mitigation()
     optimizer = mitigation.optimizer(model, Settings(track.lr, track.betas, track.lr * track.weight_decay))
     count = iter(range(1 << 30))
 
     def step() -> None:
         ids = data.training(0, next(count) * track.batch, track.batch, track.length)  # type: ignore[attr-defined]
-        _step(model, mitigation, optimizer, torch.from_numpy(ids), track)
+        _step(model, mitigation, optimizer, torch.from_numpy(ids).to(device), track)
 
     return step
 
 
-def cpu_ms(step: Callable[[], None], steps: int) -> float:
-    began = time.process_time()
-    for _ in range(steps):
-        step()
-    return (time.process_time() - began) / steps * 1e3
-
-
-def main() -> None:
-    torch.set_num_threads(1)
-    steady_memory()  # for both: the ratio should not owe anything to it
+def rows(device: str) -> list[Row]:
+    steady_memory()  # for all: the ratios should not owe anything to it
     _, track = load_track("text", root())
-    # The shape in which the half-a-prototype figure was asked, and the track's own.
-    shapes = {"text": track, "text at length 128": replace(track, length=128)}
     data = track.task.open(root() / ".quantbench")  # type: ignore[attr-defined]
-    rows = []
-    with tempfile.TemporaryDirectory() as folder:
-        for title, shape in shapes.items():
-            contestants = {"plain loop": plain_loop(shape, data.vocab, Path(folder))}
-            contestants |= {name: our_loop(name, shape, data) for name in ("baseline", "relu-attn", "sgd")}
-            for step in contestants.values():
-                cpu_ms(step, 5)
-            times: dict[str, list[float]] = {name: [] for name in contestants}
-            for _ in range(CHUNKS):
-                for name, step in contestants.items():
-                    times[name].append(cpu_ms(step, STEPS))
-            for name, measured in times.items():
-                ratios = [mine / peer for mine, peer in zip(measured, times["plain loop"])]
-                rows.append({
-                    "setting": title, "loop": name, "tokens-a-step": shape.batch * shape.length,
-                    "cpu-ms-a-step": round(statistics.median(measured), 2),
-                    "ratio-to-plain-loop": round(statistics.median(ratios), 3),
-                })  # fmt: skip
-                print(rows[-1], flush=True)
-    here = environment()
-    folder_out = root() / "results" / "perf"
-    name = re.sub("[^a-z0-9]+", "-", here["cpu"].lower()).strip("-")
-    record = {"training-step": rows, "environment": here, "source": source()}
-    atomic_write(folder_out / f"{name}.json", (json.dumps(record, indent=1, sort_keys=True) + "\n").encode())
-    atomic_write(folder_out / "README.md", render(folder_out).encode())
-
-
-def render(folder: Path) -> str:
-    """The table of every machine's file."""
-    lines = [
-        "# Speed",
-        "",
-        "Rendered by `make perf`; CPU time of a training step on one thread, median over chunks that take turns with a",
-        "plain loop of the same decoder. Below 1 is faster than the plain loop.",
-        "",
-    ]
-    for path in sorted(folder.glob("*.json")):
-        record = json.loads(path.read_text())
-        lines += [f"## {record['environment']['cpu']}, torch {record['environment']['torch']}", ""]
-        lines += ["| setting | loop | tokens a step | CPU ms a step | ratio |", "| --- | --- | --: | --: | --: |"]
-        for row in record["training-step"]:
-            cells = (
-                row["setting"],
-                row["loop"],
-                row["tokens-a-step"],
-                row["cpu-ms-a-step"],
-                row["ratio-to-plain-loop"],
-            )
-            lines.append("| " + " | ".join(map(str, cells)) + " |")
-        lines.append("")
-    return "\n".join(lines)
-
-
-if __name__ == "__main__":
-    main()
+    found = []
+    with tempfile.TemporaryDirectory() as folder, threads(1):
+        for length in (track.length, 128, 512):  # the track's, the prototype's, and one where products are long
+            shape = replace(track, length=length)
+            contestants = {"plain loop": plain_loop(shape, data.vocab, Path(folder), device)}
+            contestants |= {name: our_loop(name, shape, data, device) for name in RECIPES}
+            case = f"{shape.batch} x {length} tokens, {track.precision}"
+            found += contest("Training step", case, contestants, "plain loop", device=device)
+    return found

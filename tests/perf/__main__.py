@@ -1,0 +1,38 @@
+"""`make perf`: what is fast and what is not, each as a ratio to a peer in the same run, into results/perf/.
+
+python -m tests.perf [statistics] [attention] [training]        all of them where none is named
+"""
+
+import json
+import re
+import sys
+from importlib import import_module
+
+import torch
+
+from quantbench.bench import environment, source
+from quantbench.cli import root
+from quantbench.store import atomic_write
+from tests.perf.table import render
+
+PARTS = ("statistics", "attention", "training")
+
+
+def main(parts: list[str]) -> None:
+    if unknown := set(parts) - set(PARTS):
+        sys.exit(f"make perf: there is no part {', '.join(sorted(unknown))}; choose from {', '.join(PARTS)}")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    here = environment()
+    name = re.sub("[^a-z0-9]+", "-", (here["cpu"] if device == "cpu" else here["device"]).lower()).strip("-")
+    folder = root() / "results" / "perf"
+    path = folder / f"{name}.json"
+    record = json.loads(path.read_text()) if path.exists() else {}
+    for part in parts or PARTS:
+        rows = import_module(f"tests.perf.{part}").rows(device)
+        record[part] = {"rows": rows, "environment": here, "source": source()}
+        atomic_write(path, (json.dumps(record, indent=1, sort_keys=True) + "\n").encode())
+    atomic_write(folder / "README.md", render(folder).encode())
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
