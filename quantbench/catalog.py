@@ -2,13 +2,29 @@
 
 The four axes are four folders. A line here is all it takes to add an entry:
 `"name": "module:Class"`, the module relative to the axis' folder. An entry is a frozen dataclass whose
-fields are its parameters in YAML (`weight-decay: 0.1` sets the field `weight_decay`).
+fields are its parameters in YAML (`weight-decay: 0.1` sets the field `weight_decay`). Where a class stands for many
+schemes, a line also says what its fields are under this name: `"name": ("module:Class", {field: value})`.
 """
 
+from collections.abc import Iterator
 from importlib import import_module
 from typing import Any
 
-AXES: dict[str, dict[str, str]] = {
+Line = str | tuple[str, dict[str, Any]]
+
+
+def _roundings() -> Iterator[tuple[str, Line]]:
+    """Round to nearest at W8A8, W6A6 and W4A4, in each scope of a range, without and with the residual stream."""
+    for bits in (8, 6, 4):
+        for scope in ("static", "tensor", "token"):
+            for name, sites in (("", ("inputs",)), ("-residual", ("inputs", "residual"))):
+                fields = {"weights": bits, "activations": bits, "group": 64 if bits == 4 else 0, "range": scope}
+                yield f"w{bits}a{bits}-{scope}{name}", ("integer:Integer", {**fields, "sites": sites})
+
+
+QUALCOMM = ("inputs", "residual", "norms", "scores", "probabilities", "products")
+
+AXES: dict[str, dict[str, Line]] = {
     "tasks": {
         "text": "text:Text",
         "bigram-backcopy": "bigram_backcopy:BigramBackcopy",
@@ -21,13 +37,16 @@ AXES: dict[str, dict[str, str]] = {
         "sgd": "sgd:SGD",
     },
     "quantizers": {
-        "w8a8-static-residual": "integer:W8A8StaticResidual",
-        "w8a8-static": "integer:W8A8Static",
-        "w8a8-tensor": "integer:W8A8Tensor",
-        "w8a8-token": "integer:W8A8Token",
-        "w4a16-rtn": "integer:W4A16RTN",
-        "w4a8-token": "integer:W4A8Token",
-        "w4a4-token": "integer:W4A4Token",
+        **dict(_roundings()),
+        "w8a8-static-qualcomm": ("integer:Integer", {"sites": QUALCOMM, "symmetric": False}),
+        "w8a16-rtn": ("integer:Integer", {"weights": 8, "activations": 16}),
+        "w6a16-rtn": ("integer:Integer", {"weights": 6, "activations": 16}),
+        "w4a16-rtn": ("integer:Integer", {"weights": 4, "activations": 16, "group": 64}),
+        "w4a8-token": ("integer:Integer", {"weights": 4, "activations": 8, "group": 64, "range": "token"}),
+        "w4a4kv4": (
+            "integer:Integer",
+            {"weights": 4, "activations": 4, "group": 64, "range": "token", "sites": ("inputs", "keys", "values")},
+        ),
         "llm-int8": "llm_int8:LLMInt8",
         "bnb-int8": "bnb:BnbInt8",
         "bnb-nf4": "bnb:BnbNF4",
@@ -56,12 +75,27 @@ def names(axis: str) -> list[str]:
 
 def load(axis: str, name: str) -> Any:
     """The entry class behind a name. KeyError where the axis has no such name."""
-    module, _, attribute = AXES[axis][name].partition(":")
+    module, _, attribute = _target(AXES[axis][name]).partition(":")
     return getattr(import_module(f"quantbench.{axis}.{module}"), attribute)
 
 
+def preset(axis: str, name: str) -> dict[str, Any]:
+    """What the class' fields are under this name, where YAML does not say otherwise."""
+    line = AXES[axis][name]
+    return {} if isinstance(line, str) else dict(line[1])
+
+
 def entry_name(axis: str, entry: object) -> str:
-    """The catalog's name of an entry."""
+    """The catalog's name of an entry: the first one of its class that asks for no field to be otherwise."""
     kind = type(entry)
     here = f"{kind.__module__.rpartition('.')[2]}:{kind.__name__}"
-    return next(name for name, target in AXES[axis].items() if target == here)
+    fits = (n for n, line in AXES[axis].items() if _target(line) == here and _agrees(entry, preset(axis, n)))
+    return next(fits)
+
+
+def _target(line: Line) -> str:
+    return line if isinstance(line, str) else line[0]
+
+
+def _agrees(entry: object, fields: dict[str, Any]) -> bool:
+    return all(getattr(entry, name) == value for name, value in fields.items())

@@ -22,7 +22,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from quantbench.quantizers import Calibration, Quantizer
+from quantbench.calibration import Calibration
+from quantbench.quantizers import Quantizer
 from quantbench.recipe import Track
 from quantbench.tasks import Data
 from quantbench.trace import ExtremeRule, extreme_tokens, measure, random_mask, sqnr

@@ -81,7 +81,8 @@ class Attention(nn.Module):
         self.query_key = mitigation.query_key(config)
         self.form = mitigation.weights(config)
         self.output = mitigation.output(config)
-        self.scores, self.probabilities, self.values = Site(), Site(), Site()
+        self.keys, self.values = Site(), Site()
+        self.scores, self.probabilities, self.products = Site(), Site(), Site()
 
     def forward(self, x_BTD: Tensor, turn: Tensor | None, visible: Tensor | None, cache: Cache | None) -> Tensor:
         B, T, D = x_BTD.shape
@@ -90,7 +91,7 @@ class Attention(nn.Module):
         if turn is not None:
             q_BTHE, k_BTHE = rotate(q_BTHE, turn), rotate(k_BTHE, turn)
         q, k, v = (x.transpose(1, 2) for x in (q_BTHE, k_BTHE, qkv_BT3HE[:, :, 2]))  # [B, H, T, E]
-        v = self.values(v)
+        k, v = self.keys(k), self.values(v)
         own_v = v
         if cache is not None:
             k, v = cache.update(k, v, self.layer)
@@ -99,7 +100,7 @@ class Attention(nn.Module):
             y_BHTE = self.probabilities(self.form(self.scores(scores(q, k)), seen)).to(v.dtype) @ v
         else:
             y_BHTE = self.form.attend(q, k, v, visible)
-        y_BHTE = self.output(y_BHTE, x_BTD, own_v)
+        y_BHTE = self.output(self.products(y_BHTE), x_BTD, own_v)
         return self.out(y_BHTE.transpose(1, 2).reshape(B, T, D))
 
 

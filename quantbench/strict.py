@@ -16,7 +16,7 @@ This is the only file that imports yaml. Source of the format: https://yaml.org/
 
 import re
 import stat
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, fields, is_dataclass
 from difflib import get_close_matches
 from math import isfinite
@@ -62,6 +62,7 @@ class Catalog(Protocol):
 
     def names(self, axis: str) -> list[str]: ...
     def load(self, axis: str, name: str) -> type: ...
+    def preset(self, axis: str, name: str) -> dict[str, Any]: ...
     def entry_name(self, axis: str, entry: object) -> str: ...
 
 
@@ -407,9 +408,11 @@ class _Builder:
             lines[key.value] = key.start_mark.line + 1
         return node.value
 
-    def mapping(self, node: yaml.Node, kind: type[T], where: str, hint: str = "") -> T:
+    def mapping(
+        self, node: yaml.Node, kind: type[T], where: str, hint: str = "", preset: Mapping[str, Any] | None = None
+    ) -> T:
         known = keys(kind)
-        values: dict[str, Any] = {}
+        values: dict[str, Any] = dict(preset or {})
         for key, value in self.pairs(node, where, hint):
             if key.value not in known:
                 _fail(key.start_mark, f"unknown key {quote(key.value)}{nearest(key.value, known)}")
@@ -441,7 +444,8 @@ class _Builder:
             name = self.entry_of(key, marker, where)
             inside, hint = f"{where}.{name}", "; write {} where it has no parameters"
             if self.with_entries:
-                found[name] = self.mapping(parameters, marker.catalog.load(marker.axis, name), inside, hint)
+                kind, preset = marker.catalog.load(marker.axis, name), marker.catalog.preset(marker.axis, name)
+                found[name] = self.mapping(parameters, kind, inside, hint, preset)
             else:
                 found[name] = None
                 self.pairs(parameters, inside, hint)

@@ -14,13 +14,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
+from tiny import quantizer
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast
 
+from quantbench.calibration import Calibration
 from quantbench.evaluate import Reference, cut, full_precision, harness, last_words, quantized
 from quantbench.model import QuantbenchConfig, QuantbenchModel, initialise
-from quantbench.quantizers import Calibration, Quantizer
-from quantbench.quantizers.integer import W4A16RTN, W8A8StaticResidual, W8A8Token
+from quantbench.quantizers import Quantizer
 from quantbench.recipe import Evaluate, Track, load_track
 from quantbench.tasks import Data, Ids
 from quantbench.trace import random_mask
@@ -206,11 +207,11 @@ def sampled(model: nn.Module, sequences: int) -> Tensor:
 @pytest.fixture(scope="module")
 def sink() -> Reference:
     model = with_sink()
-    return Reference(model, Fixed(sampled(model, 64), VOCAB), track(W8A8StaticResidual(), LENGTH, 64))
+    return Reference(model, Fixed(sampled(model, 64), VOCAB), track(quantizer("w8a8-static-residual"), LENGTH, 64))
 
 
 def test_exempting_the_planted_sink_removes_the_damage_and_random_tokens_do_not(sink: Reference) -> None:
-    _, found = quantized(sink, W8A8StaticResidual(), exemption=True)
+    _, found = quantized(sink, quantizer("w8a8-static-residual"), exemption=True)
     exempt = found["exemption"]
     assert exempt["tokens"] == 64  # BOS of every sequence, and nothing else
     assert found["damage"] > 0.2
@@ -230,13 +231,15 @@ def test_the_random_control_has_as_many_positions_and_none_of_the_same(sink: Ref
 
 
 def test_exemption_is_measured_where_it_means_something(sink: Reference) -> None:
-    assert quantized(sink, W4A16RTN(), exemption=True)[1]["exemption"] is None  # nothing of a token is quantized
-    assert quantized(sink, W8A8Token(), exemption=False)[1]["exemption"] is None
-    assert quantized(sink, W8A8Token(), exemption=True)[1]["exemption"] is not None
+    assert (
+        quantized(sink, quantizer("w4a16-rtn"), exemption=True)[1]["exemption"] is None
+    )  # nothing of a token is quantized
+    assert quantized(sink, quantizer("w8a8-token"), exemption=False)[1]["exemption"] is None
+    assert quantized(sink, quantizer("w8a8-token"), exemption=True)[1]["exemption"] is not None
 
 
 def test_sqnr_with_the_sink_hides_what_its_neighbours_suffer(sink: Reference) -> None:
-    found = quantized(sink, W8A8StaticResidual(), exemption=False)[1]["sqnr"]
+    found = quantized(sink, quantizer("w8a8-static-residual"), exemption=False)[1]["sqnr"]
     for everyone, ordinary in zip(found["all"], found["non-sink"], strict=True):
         assert everyone > 15 + ordinary
 

@@ -54,6 +54,9 @@ class Shelf:
     def load(self, axis: str, name: str) -> type:
         return self.kinds[name]
 
+    def preset(self, axis: str, name: str) -> dict[str, object]:
+        return {}
+
     def entry_name(self, axis: str, entry: object) -> str:
         return next(name for name, kind in self.kinds.items() if type(entry) is kind)
 
@@ -920,7 +923,8 @@ def test_a_link_out_of_the_folder_is_no_recipe(root: Path) -> None:
 def test_a_track_is_loaded_with_its_entries(root: Path) -> None:
     name, track = load_track("text", root, ["quantizers.w8a8-static.weights=4", "warmup=0"])
     assert name == "text"
-    assert catalog.entry_name("quantizers", track.quantizers["w8a8-static"]) == "w8a8-static"
+    preset = catalog.preset("quantizers", "w8a8-static") | {"weights": 4}
+    assert track.quantizers["w8a8-static"] == catalog.load("quantizers", "w8a8-static")(**preset)
     assert dump(track)["quantizers"]["w8a8-static"]["weights"] == 4
     assert track.model == Shape(layers=2, heads=4)
     assert track.evaluate == Evaluate(sequences=8, exemption=("llm-int8",))

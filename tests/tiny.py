@@ -11,7 +11,6 @@ from torch import Tensor
 from quantbench import catalog
 from quantbench.mitigations import SEAMS, seams
 from quantbench.model import QuantbenchConfig, QuantbenchModel, initialise
-from quantbench.quantizers.integer import W8A8Token
 from quantbench.recipe import Shape, Track, available, load_recipe
 from quantbench.tasks.bigram_backcopy import BigramBackcopy
 
@@ -51,6 +50,11 @@ def model(mitigations: Mitigations | None = None, seed: int = 0, **changes: Any)
     return built
 
 
+def quantizer(name: str, **changes: Any) -> Any:
+    """An entry under its name in the catalog."""
+    return catalog.load("quantizers", name)(**catalog.preset("quantizers", name) | changes)
+
+
 def ids(sequences: int = 3, length: int = 12, seed: int = 0) -> Tensor:
     return torch.randint(VOCAB, (sequences, length), generator=torch.Generator().manual_seed(seed))
 
@@ -63,7 +67,7 @@ def track(**changes: Any) -> Track:
     plain: dict[str, Any] = {
         "title": "tiny",
         "task": BigramBackcopy(),
-        "quantizers": {"w8a8-token": W8A8Token()},
+        "quantizers": {"w8a8-token": quantizer("w8a8-token")},
         "metrics": (),
         "rank_by": {"damage": "w8a8-token"},
         "steps": 10,

@@ -35,8 +35,8 @@ from torch import Tensor, nn
 from quantbench.attention import Form, Softmax
 
 if TYPE_CHECKING:
+    from quantbench.calibration import Calibration
     from quantbench.model import QuantbenchConfig
-    from quantbench.quantizers import Calibration
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ hundreds, which sqrt-keys softens (arXiv:2309.08586 divides by the length).
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
+import torch
 from torch import Tensor
 
 from quantbench.attention import Form
@@ -38,7 +39,8 @@ class Relu(Form):
         self.power = power  # of the number of visible keys, by which a row is divided
 
     def forward(self, scores_BHTS: Tensor, visible: Tensor) -> Tensor:
-        return scores_BHTS.relu() * (visible / visible.sum(-1, keepdim=True) ** self.power)
+        keys = visible.sum(-1, keepdim=True).to(torch.promote_types(scores_BHTS.dtype, torch.float32))
+        return scores_BHTS.relu() * (visible / keys**self.power)
 
     def attend(self, q_BHTE: Tensor, k_BHSE: Tensor, v_BHSE: Tensor, visible: Tensor | None) -> Tensor:
         if visible is not None:

@@ -1,9 +1,12 @@
-"""Symmetric integers of 2 to 8 bits: scales, rounding, packing, and an exact integer matrix product.
+"""Integers of 2 to 8 bits: scales, zero points, rounding, packing, and an exact integer matrix product.
 
-    qmax = 2^(bits-1) - 1        scale = absmax / qmax        q = clamp(round(x / scale), -qmax, qmax)
+    symmetric     qmax = 2^(bits-1) - 1        scale = absmax / qmax        q = clamp(round(x / scale), -qmax, qmax)
+    asymmetric    scale = (high - low) / (2^bits - 1)        zero = -2^(bits-1) - round(low / scale)
+                  q = clamp(round(x / scale) + zero, -2^(bits-1), 2^(bits-1) - 1)        x ~ (q - zero) scale
 
-Rounding is half to even, and -2^(bits-1) is never used, so that q and -q mirror each other. bitsandbytes computes
-round(x * (127 / absmax)) instead: the two differ only where x / scale lies within float32 rounding of a half.
+Rounding is half to even. -2^(bits-1) is never used by the symmetric code, so that q and -q mirror each other.
+bitsandbytes computes round(x * (127 / absmax)) instead: the two differ only where x / scale lies within float32
+rounding of a half. The asymmetric code is torchao's (`choose_qparams_affine`, ZeroPointDomain.INT).
 
 Shapes: M rows, K input features, N output features; `...` any leading axes.
 """
@@ -26,15 +29,38 @@ def scale_of(absmax: Tensor, bits: int) -> Tensor:
     return scale.masked_fill(scale == 0, 1.0)  # after the division: a subnormal absmax underflows to 0, too
 
 
-def quantize(x: Tensor, scale: Tensor, bits: int) -> Tensor:
-    """int8 integers of x; `scale` broadcasts against it. NaN becomes 0 (int8 has none; the scale may carry it)."""
+def limits(bits: int, symmetric: bool) -> tuple[int, int]:
+    """The least and the largest integer of a code."""
     top = qmax(bits)
-    return x.float().div(scale).round_().clamp_(-top, top).nan_to_num_(0.0).to(torch.int8)
+    return (-top if symmetric else -top - 1), top
 
 
-def dequantize(q: Tensor, scale: Tensor) -> Tensor:
+def steps(low: Tensor, high: Tensor, bits: int, symmetric: bool) -> tuple[Tensor, Tensor]:
+    """Scale and zero point, float32, of ranges low <= 0 <= high; a symmetric code has the zero point 0."""
+    if symmetric:
+        scale = scale_of(torch.maximum(-low, high), bits)
+        return scale, torch.zeros_like(scale)
+    lowest, top = limits(bits, symmetric)
+    scale = (high.float() - low.float()) / (top - lowest)
+    scale = scale.masked_fill(scale == 0, 1.0)
+    return scale, (lowest - (low.float() / scale).round()).clamp(lowest, top)
+
+
+def quantize(x: Tensor, scale: Tensor, bits: int, zero: Tensor | None = None) -> Tensor:
+    """int8 integers of x; scale and zero broadcast against it. NaN becomes 0 (int8 has none; the scale may carry it).
+
+    Without `zero` the code is symmetric.
+    """
+    lowest, top = limits(bits, zero is None)
+    q = x.float().div(scale).round_()
+    if zero is not None:
+        q = q.add_(zero)
+    return q.clamp_(lowest, top).nan_to_num_(0.0).to(torch.int8)
+
+
+def dequantize(q: Tensor, scale: Tensor, zero: Tensor | None = None) -> Tensor:
     """What the integers stand for, float32."""
-    return q.float() * scale
+    return (q.float() if zero is None else q.float() - zero) * scale
 
 
 def pack_int4(q: Tensor) -> Tensor:

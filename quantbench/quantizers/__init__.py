@@ -1,9 +1,9 @@
 """How a trained model is brought to few bits. One file, one family of quantizers; this file is the contract.
 
 A quantizer is a frozen dataclass of parameters. `quantize` changes a copy of a model in place: every Linear
-of its blocks becomes a low-bit module, and where the quantizer says so the residual stream is quantized too.
-Embeddings and the output head stay in full precision. What is common to all (calibration ranges,
-the swap, the exemption of extreme tokens) is written here once.
+of its blocks becomes a low-bit module, and where the quantizer says so other sites (the residual stream, keys and
+values, scores, ...) are rounded too. Embeddings and the output head stay in full precision unless they are asked for.
+What is common to all (integer weights and activations, the swap, the exemption of extreme tokens) is written here once.
 
 Shapes: B sequences, T tokens, M tokens of any sequences, K input features, N output features, G groups of K.
 """
@@ -11,53 +11,24 @@ Shapes: B sequences, T tokens, M tokens of any sequences, K input features, N ou
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from quantbench.anatomy import anatomy
-from quantbench.ops import Totals, outlier_stats
-from quantbench.ops.integers import dequantize, integer_matmul, pack_int4, quantize, scale_of, unpack_int4
+from quantbench.calibration import Calibration, Exemption, what_counts
+from quantbench.ops.integers import dequantize, integer_matmul, pack_int4, quantize, scale_of, steps, unpack_int4
+from quantbench.ops.ranges import Span
 
-FULL = 16  # "bits" of an activation that is not quantized
+FULL = 16  # "bits" of what is not quantized
 Scope = Literal[
     "static", "token", "tensor"
 ]  # a range set at calibration, by each token, or by all that arrive together
-
-
-class Exemption:
-    """Which token positions of the batch at hand stay in full precision: extreme tokens, or none."""
-
-    mask_BT: Tensor | None = None
-
-    @contextmanager
-    def of(self, mask_BT: Tensor | None) -> Iterator[None]:
-        """Within it, positions that are True are not quantized, and do not count for ranges."""
-        before, self.mask_BT = self.mask_BT, mask_BT
-        try:
-            yield
-        finally:
-            self.mask_BT = before
-
-    def mask_for(self, x: Tensor) -> Tensor | None:
-        """The mask, having checked that it speaks of the positions of x, [B, T, features]."""
-        if self.mask_BT is not None:
-            expected, got = tuple(self.mask_BT.shape), tuple(x.shape[:-1])
-            assert got == expected, f"positions {expected} are marked exempt, but a Linear or block sees {got}"
-        return self.mask_BT
-
-
-@dataclass(frozen=True)
-class Calibration:
-    """Sequences of the training split on which ranges are set, with the exempt positions of each (or None)."""
-
-    batches: list[tuple[Tensor, Tensor | None]]  # (ids_BT, exempt_BT)
-    exemption: Exemption = field(default_factory=Exemption)  # shared by every module of the quantized model
+Chosen = Callable[[str, str], bool]  # (site or "weights", place): whether it is quantized
 
 
 @dataclass(frozen=True)
@@ -76,62 +47,6 @@ class Quantizer:
         raise NotImplementedError
 
 
-# --- Calibration: what the full-precision model's sites carry -------------------------------------------------------
-
-
-@torch.no_grad()
-def survey(
-    model: nn.Module, calibration: Calibration, threshold: float = 0.0, residual: bool = False
-) -> dict[str, Totals]:
-    """What each site carries over the calibration tokens that are not exempt: ranges, outliers, moments.
-
-    Sites are the inputs of the Linears, under their names in `anatomy(model).linears()`, and with `residual` the
-    residual stream after each block, under the number of its layer. To be called before anything is quantized.
-    An outlier is an element of at least `threshold`.
-    """
-    assert calibration.batches, "a survey needs calibration batches"
-    parts, exemption = anatomy(model), Exemption()
-    totals: dict[str, Totals] = {}
-
-    def show(site: str, x: Tensor) -> None:
-        exempt_BT = exemption.mask_for(x)
-        x_MK = x.flatten(0, -2) if exempt_BT is None else x[~exempt_BT]
-        if len(x_MK):  # a batch may be exempt as a whole
-            here = Totals.of(outlier_stats(x_MK, threshold))
-            totals[site] = totals[site].merge(here) if site in totals else here
-
-    def on_input(site: str) -> Callable[[nn.Module, Any], None]:
-        return lambda module, args: show(site, args[0])
-
-    def on_output(site: str) -> Callable[[nn.Module, Any, Any], None]:
-        return lambda module, args, output: show(site, output[0] if isinstance(output, tuple) else output)
-
-    hooks = [linear.register_forward_pre_hook(on_input(name)) for name, (_, linear) in parts.linears().items()]
-    if residual:
-        hooks += [block.register_forward_hook(on_output(str(layer))) for layer, block in enumerate(parts.blocks)]
-    training, device = model.training, next(model.parameters()).device
-    try:
-        model.eval()
-        for ids_BT, exempt_BT in calibration.batches:
-            with exemption.of(None if exempt_BT is None else exempt_BT.to(device)):
-                model(ids_BT.to(device))
-    finally:
-        model.train(training)
-        for hook in hooks:
-            hook.remove()
-    assert totals, "every calibration position is exempt"
-    return totals
-
-
-def absmax(model: nn.Module, calibration: Calibration, residual: bool = False) -> dict[str, Tensor]:
-    """The largest magnitude of each site of `survey`: static ranges. ValueError where one is infinite or NaN."""
-    largest = {site: found.row_absmax for site, found in survey(model, calibration, residual=residual).items()}
-    for site, value in largest.items():
-        if not value.isfinite():
-            raise ValueError(f"site {site}: activations overflow on the calibration batches; look at this run's losses")
-    return largest
-
-
 # --- The low-bit Linear ---------------------------------------------------------------------------------------------
 
 
@@ -147,8 +62,8 @@ class LowBitLinear(nn.Module, ABC):
         self.register_buffer("bias", None if linear.bias is None else linear.bias.detach().clone())
 
     @abstractmethod
-    def low_bit(self, x: Tensor, exempt_BT: Tensor | None) -> Tensor:
-        """The product as the quantizer makes it. What it returns at exempt positions is not used."""
+    def low_bit(self, x: Tensor, counted: Tensor) -> Tensor:
+        """The product as the quantizer makes it; at exempt positions, where counted is 0, the result is not used."""
 
     @abstractmethod
     def dequantized_NK(self) -> Tensor:
@@ -160,7 +75,7 @@ class LowBitLinear(nn.Module, ABC):
 
     def forward(self, x: Tensor) -> Tensor:
         exempt_BT = self.exemption.mask_for(x)
-        y = self.low_bit(x, exempt_BT)
+        y = self.low_bit(x, x if exempt_BT is None else x.masked_fill(exempt_BT.unsqueeze(-1), 0.0))
         if exempt_BT is not None:
             y[exempt_BT] = F.linear(x[exempt_BT], self.dequantized_NK().to(x.dtype), self.bias)
         return y
@@ -169,81 +84,145 @@ class LowBitLinear(nn.Module, ABC):
         return f"{self.in_features} -> {self.out_features}, {self.stored_bits()} bits"
 
 
+class Rounding(nn.Module):
+    """An activation as integers: one range for all (`static`), for what arrives together (`tensor`), or for each token.
+
+    A token is what the last axis holds: [B, T, K], of heads [B, H, T, E], of scores [B, H, T, S].
+    """
+
+    static_scale: Tensor | None
+    static_zero: Tensor | None
+
+    def __init__(self, bits: int, scope: Scope, span: Span | None = None, symmetric: bool = True) -> None:
+        super().__init__()
+        self.bits, self.scope, self.symmetric = bits, scope, symmetric
+        assert (span is not None) == (scope == "static"), (scope, span)
+        scale, zero = (None, None) if span is None else steps(span.low, span.high, bits, symmetric)
+        self.register_buffer("static_scale", scale)
+        self.register_buffer("static_zero", None if symmetric else zero)
+
+    def integers(self, x: Tensor, counted: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """q int8, its scale and its zero point (None: 0), each broadcasting against x. `counted`: x, 0 where it counts
+        for no range."""
+        scale, zero = self.static_scale, self.static_zero
+        if scale is None:
+            if self.symmetric:
+                absmax = counted.abs().amax(-1, keepdim=True) if self.scope == "token" else counted.abs().amax()
+                scale = scale_of(absmax, self.bits)
+            else:
+                ends = torch.aminmax(counted, dim=-1, keepdim=True) if self.scope == "token" else torch.aminmax(counted)
+                scale, zero = steps(ends.min.clamp(max=0), ends.max.clamp(min=0), self.bits, symmetric=False)
+        return quantize(x, scale, self.bits, zero), scale, zero
+
+    def forward(self, x: Tensor, counted: Tensor) -> Tensor:
+        """What the integers stand for."""
+        return dequantize(*self.integers(x, counted)).to(x.dtype)
+
+
+class Codes(NamedTuple):
+    """A weight as integers."""
+
+    q_NK: Tensor  # int8
+    scale_NG: Tensor  # float32
+    zero_NG: Tensor | None = None  # w ~ (q - zero) scale
+
+
+def nearest(weight_NK: Tensor, bits: int, group: int = 0, symmetric: bool = True) -> Codes:
+    """The weight rounded to the nearest integers, one range per output channel or per `group` input features."""
+    weight_NGK = weight_NK.detach().float().unflatten(1, (-1, group or weight_NK.shape[1]))
+    if symmetric:
+        scale_NG, zero_NG = scale_of(weight_NGK.abs().amax(-1), bits), None
+    else:
+        low, high = weight_NGK.amin(-1).clamp(max=0), weight_NGK.amax(-1).clamp(min=0)
+        scale_NG, zero_NG = steps(low, high, bits, symmetric)
+    zero = None if zero_NG is None else zero_NG.unsqueeze(-1)
+    return Codes(quantize(weight_NGK, scale_NG.unsqueeze(-1), bits, zero).flatten(1), scale_NG, zero_NG)
+
+
 class IntegerLinear(LowBitLinear):
     """Weights of at most 8 bits (packed two a byte from 4 down), inputs of at most 8 or in full precision.
 
-        y = sum over groups g of (q_x[g] @ q_W[g].T) * scale_W[:, g] * scale_x + bias
+        y = sum over groups g of ((q_x - z_x)[g] @ q_W[g].T) * scale_W[:, g] * scale_x + bias
 
     The sums over integers are exact, so that a token's result does not depend on what else is in the batch,
-    unless the range itself does (`tensor`: one range for all that arrive together).
+    unless the range itself does (`tensor`: one range for all that arrive together). Asymmetric weights meet inputs in
+    full precision only.
     """
 
     weight: Tensor  # int8 [N, K], or uint8 [N, K/2]
     scale_NG: Tensor
-    input_scale: Tensor | None
+    zero_NG: Tensor | None
 
     def __init__(
-        self,
-        linear: nn.Linear,
-        exemption: Exemption,
-        weights: int = 8,
-        group: int = 0,
-        activations: int = FULL,
-        scope: Scope = "token",
-        largest: Tensor | None = None,
+        self, linear: nn.Linear, exemption: Exemption, codes: Codes, bits: int, rounding: Rounding | None = None
     ) -> None:
-        """group: input features that share a weight scale, 0 for all; largest: the range, where it is static."""
+        """codes: the weight in `bits` bits; rounding: of the inputs, None: they stay in full precision."""
         super().__init__(linear, exemption)
-        self.activations, self.scope, self.packed = activations, scope, weights <= 4
-        weight_NGK = linear.weight.detach().unflatten(1, (-1, group or self.in_features))
-        scale_NG = scale_of(weight_NGK.abs().amax(-1), weights)
-        q_NK = quantize(weight_NGK, scale_NG.unsqueeze(-1), weights).flatten(1)
-        self.register_buffer("weight", pack_int4(q_NK) if self.packed else q_NK)
-        self.register_buffer("scale_NG", scale_NG)
-        assert (largest is not None) == (scope == "static" and activations < FULL)
-        self.register_buffer("input_scale", None if largest is None else scale_of(largest, activations))
+        assert rounding is None or codes.zero_NG is None, "asymmetric weights need inputs in full precision"
+        self.packed, self.rounding = bits <= 4, rounding
+        self.register_buffer("weight", pack_int4(codes.q_NK) if self.packed else codes.q_NK)
+        self.register_buffer("scale_NG", codes.scale_NG)
+        self.register_buffer("zero_NG", codes.zero_NG)
 
     def q_NK(self) -> Tensor:
         return unpack_int4(self.weight) if self.packed else self.weight
 
     def dequantized_NK(self) -> Tensor:
         weight_NGK = self.q_NK().unflatten(1, (self.scale_NG.shape[1], -1))
-        return dequantize(weight_NGK, self.scale_NG.unsqueeze(-1)).flatten(1)
+        zero = None if self.zero_NG is None else self.zero_NG.unsqueeze(-1)
+        return dequantize(weight_NGK, self.scale_NG.unsqueeze(-1), zero).flatten(1)
 
     def stored_bits(self) -> int:
-        return 8 * (self.weight.nbytes + self.scale_NG.nbytes)
+        zeros = 0 if self.zero_NG is None else self.zero_NG.nbytes
+        return 8 * (self.weight.nbytes + self.scale_NG.nbytes + zeros)
 
-    def scale_for(self, x: Tensor, exempt_BT: Tensor | None) -> Tensor:
-        """The scale of this input: one number, or one a token."""
-        if self.input_scale is not None:
-            return self.input_scale
-        if self.scope == "token":
-            return scale_of(x.abs().amax(-1, keepdim=True), self.activations)
-        counted = x if exempt_BT is None else x.masked_fill(exempt_BT.unsqueeze(-1), 0.0)
-        return scale_of(counted.abs().amax(), self.activations)
-
-    def low_bit(self, x: Tensor, exempt_BT: Tensor | None) -> Tensor:
-        if self.activations == FULL:
+    def low_bit(self, x: Tensor, counted: Tensor) -> Tensor:
+        if self.rounding is None:
             return F.linear(x, self.dequantized_NK().to(x.dtype), self.bias)
-        scale = self.scale_for(x, exempt_BT)
-        q, q_NK = quantize(x, scale, self.activations), self.q_NK()
+        (q, scale, zero), q_NK = self.rounding.integers(x, counted), self.q_NK()
         groups = self.scale_NG.shape[1]
-        parts = zip(q.chunk(groups, -1), q_NK.chunk(groups, -1), self.scale_NG.unbind(-1), strict=True)
-        first, *rest = (integer_matmul(q_part, w_part).float().mul_(scale_N) for q_part, w_part, scale_N in parts)
-        for part in rest:
-            first += part
+        first: Tensor | None = None
+        for q_part, w_part, scale_N in zip(
+            q.chunk(groups, -1), q_NK.chunk(groups, -1), self.scale_NG.unbind(-1), strict=True
+        ):
+            sums = integer_matmul(q_part, w_part)
+            part = sums.float() if zero is None else sums.float() - zero * w_part.sum(-1, dtype=torch.int32)
+            part *= scale_N
+            first = part if first is None else first.add_(part)
+        assert first is not None
         y = first.mul_(scale)
         return (y if self.bias is None else y.add_(self.bias)).to(x.dtype)
+
+
+class RoundedLinear(LowBitLinear):
+    """Inputs as integers, weights in full precision: for asking what the inputs alone cost."""
+
+    weight: Tensor
+
+    def __init__(self, linear: nn.Linear, exemption: Exemption, rounding: Rounding) -> None:
+        super().__init__(linear, exemption)
+        self.rounding = rounding
+        self.register_buffer("weight", linear.weight.detach().clone())
+
+    def low_bit(self, x: Tensor, counted: Tensor) -> Tensor:
+        return F.linear(self.rounding(x, counted), self.weight, self.bias)
+
+    def dequantized_NK(self) -> Tensor:
+        return self.weight
+
+    def stored_bits(self) -> int:
+        return 8 * self.weight.nbytes
 
 
 # --- What changes the model -----------------------------------------------------------------------------------------
 
 
-def swap(model: nn.Module, make: Callable[[str, nn.Linear], LowBitLinear]) -> dict[str, float]:
+def swap(model: nn.Module, make: Callable[[str, nn.Linear], LowBitLinear | None]) -> dict[str, float]:
     """Replaces every Linear of the blocks by what `make(name, linear)` returns, and leaves the model in eval mode.
 
-    Returns `share-of-weights`, of the blocks' matrix-product weights those that sit in a Linear, and
-    `bits-per-weight` of these as stored. ValueError where the share is below 95%: the figure would be another model's.
+    Where that is None the Linear stays. Returns `share-of-weights`, of the blocks' matrix-product weights those that
+    sit in a Linear, and `bits-per-weight` of these as stored. ValueError where the share is below 95%: the figure would
+    be another model's.
     """
     assert not any(isinstance(module, LowBitLinear) for module in model.modules()), "the model is quantized already"
     parts = anatomy(model)
@@ -260,6 +239,9 @@ def swap(model: nn.Module, make: Callable[[str, nn.Linear], LowBitLinear]) -> di
     bits = 0
     for name, (layer, linear) in linears.items():
         low_bit = make(name, linear)
+        if low_bit is None:
+            bits += 8 * linear.weight.nbytes
+            continue
         bits += low_bit.stored_bits()
         parts.blocks[layer].set_submodule(name.partition(".")[2], low_bit)
     model.requires_grad_(False).eval()
@@ -274,16 +256,39 @@ def _unseen_weights(module: nn.Module) -> int:
     return weight.numel()
 
 
-def quantize_residual(block: nn.Module, largest: Tensor, bits: int, exemption: Exemption) -> None:
-    """From now on the block's output passes through integers of one static scale, but for exempt positions."""
-    scale = scale_of(largest, bits)
+class IntegerEmbedding(nn.Module):
+    """A table of at most 8 bits, one range per row, looked up as floats."""
+
+    weight: Tensor
+    scale_V1: Tensor
+
+    def __init__(self, embedding: nn.Embedding, bits: int) -> None:
+        super().__init__()
+        codes = nearest(embedding.weight, bits)
+        self.packed, self.dtype = bits <= 4, embedding.weight.dtype
+        self.register_buffer("weight", pack_int4(codes.q_NK) if self.packed else codes.q_NK)
+        self.register_buffer("scale_V1", codes.scale_NG)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        rows = self.weight[ids]
+        return dequantize(unpack_int4(rows) if self.packed else rows, self.scale_V1[ids]).to(self.dtype)
+
+
+def replace(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
+    """Puts a module where another one is, by identity."""
+    path = next(path for path, module in model.named_modules() if module is old)
+    model.set_submodule(path, new)
+
+
+def round_site(module: nn.Module, kind: str, rounding: Rounding, exemption: Exemption) -> None:
+    """From now on what passes the module's output passes through integers, but for exempt positions."""
+    module.add_module(f"rounding_of_{kind}", rounding)  # so that it moves and is saved with the model
 
     def hook(module: nn.Module, args: Any, output: Any) -> Any:
-        hidden_BTD = output[0] if isinstance(output, tuple) else output
-        low_BTD = dequantize(quantize(hidden_BTD, scale, bits), scale).to(hidden_BTD.dtype)
-        exempt_BT = exemption.mask_for(hidden_BTD)
-        if exempt_BT is not None:
-            low_BTD = torch.where(exempt_BT.unsqueeze(-1), hidden_BTD, low_BTD)
-        return (low_BTD, *output[1:]) if isinstance(output, tuple) else low_BTD
+        x = output[0] if isinstance(output, tuple) else output
+        low, exempt = rounding(x, what_counts(x, kind, exemption)), exemption.spread(x, kind)
+        if exempt is not None:
+            low = torch.where(exempt, x, low)
+        return (low, *output[1:]) if isinstance(output, tuple) else low
 
-    block.register_forward_hook(hook)
+    module.register_forward_hook(hook)

@@ -24,7 +24,8 @@ import torch
 from torch import Tensor, nn
 
 from quantbench.anatomy import anatomy
-from quantbench.quantizers import Calibration, Exemption, LowBitLinear, Quantizer, survey, swap
+from quantbench.calibration import Calibration, Exemption, survey
+from quantbench.quantizers import LowBitLinear, Quantizer, swap
 
 ABOVE_FP16 = 65_504 + 2.0**-8  # the float32 after float16's largest
 BLOCK = 64  # weights that share an NF4 scale
@@ -87,8 +88,7 @@ class BnbInt8Linear(LowBitLinear):
         self.inner.to(linear.weight.device).eval()
         self.inner.init_8bit_state()
 
-    def low_bit(self, x: Tensor, exempt_BT: Tensor | None) -> Tensor:
-        counted = x if exempt_BT is None else x.masked_fill(exempt_BT.unsqueeze(-1), 0.0)
+    def low_bit(self, x: Tensor, counted: Tensor) -> Tensor:
         y = self.inner(counted.flatten(0, -2)).unflatten(0, x.shape[:-1])  # it mistakes more than 3 axes
         return y if self.bias is None else y + self.bias
 
@@ -117,7 +117,7 @@ class BnbNF4Linear(LowBitLinear):
         )
         self.inner.to(linear.weight.device).eval()
 
-    def low_bit(self, x: Tensor, exempt_BT: Tensor | None) -> Tensor:
+    def low_bit(self, x: Tensor, counted: Tensor) -> Tensor:
         y = self.inner(x)
         return y if self.bias is None else y + self.bias
 

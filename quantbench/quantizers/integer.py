@@ -1,125 +1,140 @@
-"""Round to nearest: weights and activations as symmetric integers, with nothing learned, moved or searched.
+"""Round to nearest: weights and activations as integers, with nothing learned or moved.
 
 How it works. A Linear's weights take one scale per output channel, or per group of its input features. Its inputs
-take one scale for everything, set at calibration (`static`) or by the batch at hand (`tensor`), or one per token
+take one range for everything, set at calibration (`static`) or by the batch at hand (`tensor`), or one per token
 (`token`). Which it is decides whether an extreme token hurts the others: one feature of 300 in a Gaussian
-[256, 512] leaves its neighbours 3.5 dB under a shared scale, and 42.6 dB under their own. With `residual` the
-residual stream is rounded after every block, too, per tensor and statically; there the peak itself lives.
+[256, 512] leaves its neighbours 3.5 dB under a shared scale, and 42.6 dB under their own. What else is rounded is named
+by `sites`, at the bits of the activations and in the same scope: the residual stream after each sublayer, where the
+peak itself lives; norm outputs; keys and values; attention scores, probabilities and their products with the values.
 
 How it differs from bitsandbytes and torchao. Integer products are exact here and results float32: no fp16 cast in
-front (which rounds inputs and overflows at 65,504), no zero points, no fused kernels; what is measured is the
-rounding, not a backend. The price is speed on large models.
+front (which rounds inputs and overflows at 65,504), no fused kernels; what is measured is the rounding, not a backend.
+The price is speed on large models.
 
-What it leaves out. Qualcomm's full scheme (arXiv:2306.12929) also rounds norm outputs, attention scores and
-probabilities; asymmetric ranges; clipping searches (GPTQ, AWQ). Queries, keys and values stay in full precision.
+`w8a8-static-qualcomm` is the scheme of arXiv:2306.12929: every activation of the blocks, asymmetric static ranges.
 """
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from torch import nn
 
 from quantbench.anatomy import anatomy
+from quantbench.calibration import Calibration, Rule, places, spans
 from quantbench.quantizers import (
     FULL,
-    Calibration,
+    Chosen,
+    IntegerEmbedding,
     IntegerLinear,
     LowBitLinear,
     Quantizer,
+    RoundedLinear,
+    Rounding,
     Scope,
-    absmax,
-    quantize_residual,
+    nearest,
+    replace,
+    round_site,
     swap,
 )
+
+Where = Literal[
+    "inputs", "residual", "norms", "keys", "values", "scores", "probabilities", "products", "embeddings", "head"
+]
+OF_WEIGHTS = ("embeddings", "head")  # sites of weights, at their bits
 
 
 @dataclass(frozen=True)
 class Integer(Quantizer):
-    """Every scheme of this file; the subclasses change only defaults."""
+    """Every scheme of this file; the lines of the catalog give other defaults."""
 
-    quantizes_activations: ClassVar[bool] = True
+    version: ClassVar[int] = 2  # the residual stream is rounded after attention, too, and in the scope of the inputs
 
-    weights: int = 8  # bits, 2 to 8
+    weights: int = 8  # bits, 2 to 8; 16: full precision
     activations: int = 8  # bits, 2 to 8; 16: full precision
     group: int = 0  # input features that share a weight scale; 0: all, one scale per output channel
     range: Scope = "static"
-    residual: bool = False  # the residual stream after each block, at `activations` bits, always static
+    sites: tuple[Where, ...] = ("inputs",)  # what is rounded beside the weights
+    symmetric: bool = True  # ranges of activations; else they reach from the least to the largest value
+    symmetric_weights: bool = True
+    rule: Rule = "absmax"  # how a static range follows from what the calibration saw
+    percent: float = 99.99  # of the values, under the rule `percentile`
+
+    @property
+    def title(self) -> str:  # type: ignore[override]
+        """What it is, in a line."""
+        grouped = f" in groups of {self.group}" if self.group else ""
+        weights = f"INT{self.weights} weights{grouped}" if self.weights < FULL else "weights in full precision"
+        if tables := [site for site in self.sites if site in OF_WEIGHTS]:
+            weights += f" ({' and '.join(tables)}, too)"
+        if not self.quantizes_activations:
+            return f"{weights}, activations in full precision"
+        ranges = {"static": "static ranges", "tensor": "one range per batch", "token": "one range per token"}[
+            self.range
+        ]
+        return f"{weights}, INT{self.activations} {', '.join(s for s in self.sites if s not in OF_WEIGHTS)}; {ranges}"
+
+    @property
+    def quantizes_activations(self) -> bool:  # type: ignore[override]
+        return self.activations < FULL
 
     def check(self, widths: list[int]) -> None:
-        if not 2 <= self.weights <= 8:
-            raise ValueError(f"weights: {self.weights} bits; choose 2 to 8")
-        if not (2 <= self.activations <= 8 or self.activations == FULL):
-            raise ValueError(f"activations: {self.activations} bits; choose 2 to 8, or {FULL} for full precision")
-        if self.residual and self.activations == FULL:
-            raise ValueError(f"residual: needs activations of 2 to 8 bits, not {FULL}")
-        if self.quantizes_activations != (self.activations < FULL):
-            raise ValueError(f"activations: {self.activations} bits contradict the name; choose another quantizer")
+        for name, bits in (("weights", self.weights), ("activations", self.activations)):
+            if not (2 <= bits <= 8 or bits == FULL):
+                raise ValueError(f"{name}: {bits} bits; choose 2 to 8, or {FULL} for full precision")
+        if self.weights == self.activations == FULL:
+            raise ValueError(f"weights: {FULL} bits, and so are activations: nothing is quantized")
+        rounded = set(self.sites) - set(OF_WEIGHTS)
+        if self.activations == FULL and rounded - {"inputs"}:
+            raise ValueError(f"sites: {', '.join(sorted(rounded))} need activations of 2 to 8 bits, not {FULL}")
+        if self.weights == FULL and set(self.sites) & set(OF_WEIGHTS):
+            raise ValueError(f"sites: {', '.join(OF_WEIGHTS)} need weights of 2 to 8 bits, not {FULL}")
+        if len(set(self.sites)) < len(self.sites):
+            raise ValueError("sites: one is named twice")
+        if not self.symmetric_weights and self.quantizes_activations and "inputs" in self.sites:
+            raise ValueError("symmetric-weights: false needs inputs in full precision; leave them out of the sites")
+        if self.rule != "absmax" and (self.range != "static" or not self.quantizes_activations):
+            raise ValueError(f"rule: {self.rule} sets static ranges of activations; this has none")
+        if not 50 < self.percent <= 100:
+            raise ValueError(f"percent: {self.percent} is no share of the values to keep; choose above 50, to 100")
         for width in widths:
             if self.group < 0 or (self.group and width % self.group):
                 raise ValueError(f"group: {self.group} does not divide a Linear's input width {width}")
             if self.weights <= 4 and width % 2:
                 raise ValueError(f"weights: {self.weights} bits are packed two a byte; the input width {width} is odd")
 
-    def quantize(self, model: nn.Module, calibration: Calibration) -> dict[str, float]:
+    def quantize(
+        self, model: nn.Module, calibration: Calibration, chosen: Chosen = lambda site, place: True
+    ) -> dict[str, float]:
+        """`chosen(site, place)`, where the site may be `weights`, leaves all else in full precision."""
         parts = anatomy(model)
         self.check([linear.in_features for _, linear in parts.linears().values()])
-        static = self.range == "static" and self.activations < FULL
-        largest = absmax(model, calibration, self.residual) if static or self.residual else {}
+        rounded = [site for site in self.sites if site not in OF_WEIGHTS and self.quantizes_activations]
+        static = self.range == "static" and rounded
+        at = {site: [place for place in places(parts, site) if chosen(site, place)] for site in rounded}
+        ranges = (
+            spans(model, calibration, rounded, self.activations, self.symmetric, self.rule, self.percent)
+            if static
+            else {}
+        )
 
-        def make(name: str, linear: nn.Linear) -> LowBitLinear:
-            span = largest[name] if static else None
-            return IntegerLinear(
-                linear, calibration.exemption, self.weights, self.group, self.activations, self.range, span
-            )
+        def rounding(place: str) -> Rounding:
+            return Rounding(self.activations, self.range, ranges.get(place), self.symmetric)
 
+        def make(name: str, linear: nn.Linear) -> LowBitLinear | None:
+            inputs = rounding(name) if name in at.get("inputs", ()) else None
+            if self.weights < FULL and chosen("weights", name):
+                codes = nearest(linear.weight, self.weights, self.group, self.symmetric_weights)
+                return IntegerLinear(linear, calibration.exemption, codes, self.weights, inputs)
+            return None if inputs is None else RoundedLinear(linear, calibration.exemption, inputs)
+
+        sites = {site: places(parts, site) for site in rounded if site != "inputs"}
         report = swap(model, make)
-        if self.residual:
-            for layer, block in enumerate(parts.blocks):
-                quantize_residual(block, largest[str(layer)], self.activations, calibration.exemption)
+        for site, modules in sites.items():
+            for place in at[site]:
+                round_site(modules[place], site, rounding(place), calibration.exemption)
+        if "head" in self.sites and chosen("head", "head"):
+            codes = nearest(parts.head.weight, self.weights, self.group, self.symmetric_weights)
+            replace(model, parts.head, IntegerLinear(parts.head, calibration.exemption, codes, self.weights))
+        if "embeddings" in self.sites and chosen("embeddings", "embeddings"):
+            replace(model, parts.table, IntegerEmbedding(parts.table, self.weights))
         return report
-
-
-@dataclass(frozen=True)
-class W8A8StaticResidual(Integer):
-    title: ClassVar[str] = "INT8 weights, INT8 Linear inputs and residual stream, static ranges per tensor"
-    residual: bool = True
-
-
-@dataclass(frozen=True)
-class W8A8Static(Integer):
-    title: ClassVar[str] = "INT8 weights, INT8 Linear inputs, static ranges per tensor"
-
-
-@dataclass(frozen=True)
-class W8A8Tensor(Integer):
-    title: ClassVar[str] = "INT8 weights, INT8 Linear inputs, one range per batch"
-    range: Scope = "tensor"
-
-
-@dataclass(frozen=True)
-class W8A8Token(Integer):
-    title: ClassVar[str] = "INT8 weights, INT8 Linear inputs, one range per token"
-    range: Scope = "token"
-
-
-@dataclass(frozen=True)
-class W4A16RTN(Integer):
-    title: ClassVar[str] = "INT4 weights in groups, activations in full precision"
-    quantizes_activations: ClassVar[bool] = False
-    weights: int = 4
-    activations: int = FULL
-    group: int = 64
-
-
-@dataclass(frozen=True)
-class W4A8Token(Integer):
-    title: ClassVar[str] = "INT4 weights in groups, INT8 Linear inputs, one range per token"
-    weights: int = 4
-    group: int = 64
-    range: Scope = "token"
-
-
-@dataclass(frozen=True)
-class W4A4Token(W4A8Token):
-    title: ClassVar[str] = "INT4 weights in groups, INT4 Linear inputs, one range per token"
-    activations: int = 4

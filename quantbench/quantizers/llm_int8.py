@@ -19,9 +19,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from quantbench.calibration import Calibration, Exemption, survey
 from quantbench.ops import outlier_stats
 from quantbench.ops.integers import integer_matmul
-from quantbench.quantizers import Calibration, Exemption, IntegerLinear, LowBitLinear, Quantizer, survey, swap
+from quantbench.quantizers import IntegerLinear, LowBitLinear, Quantizer, Rounding, nearest, swap
 
 
 @dataclass(frozen=True)
@@ -63,10 +64,10 @@ class MixedLinear(LowBitLinear):
         self.register_buffer("columns_J", outlier_K.nonzero().flatten())
         self.register_buffer("kept_NJ", linear.weight.detach()[:, outlier_K])
         rest = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
-        rest.weight = nn.Parameter(linear.weight.detach().masked_fill(outlier_K, 0.0), requires_grad=False)
-        self.rest = IntegerLinear(rest, exemption, weights=8, activations=8, scope="token")
+        codes = nearest(linear.weight.masked_fill(outlier_K, 0.0), 8)
+        self.rest = IntegerLinear(rest, exemption, codes, 8, Rounding(8, "token"))
 
-    def low_bit(self, x: Tensor, exempt_BT: Tensor | None) -> Tensor:
+    def low_bit(self, x: Tensor, counted: Tensor) -> Tensor:
         found = outlier_stats(x.flatten(0, -2), skip_columns=self.outlier_K, quantize=True)
         y_MN = integer_matmul(found.q, self.rest.weight).float() * self.rest.scale_NG.T
         y = (y_MN * (found.row_scale / 127).unsqueeze(-1)).to(x.dtype).unflatten(0, x.shape[:-1])

@@ -7,9 +7,9 @@ import warnings
 import torch
 from torch import Tensor, nn
 
+from quantbench.calibration import Calibration, survey
 from quantbench.ops import outlier_stats
 from quantbench.ops.outliers import blocked
-from quantbench.quantizers import Calibration, survey
 from tests.perf.contest import Goal, Row, contest, threads
 
 SHAPE = (8192, 4096)  # 134 MB in fp32, 67 MB in bf16: more than any cache
@@ -87,7 +87,7 @@ def tracing(device: str) -> list[Row]:
 
     contestants = {
         "forward": forward,
-        "forward, outlier_stats": lambda: survey(model, calibration, THRESHOLD, residual=True),
+        "forward, outlier_stats": lambda: survey(model, calibration, THRESHOLD, ("inputs", "residual")),
         "forward, eager statistics": eager,
     }
     goals = {"forward, outlier_stats": [Goal("forward", 1.07)]}

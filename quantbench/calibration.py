@@ -1,0 +1,189 @@
+"""What passes the sites of a full-precision model over calibration sequences: ranges, outliers, moments.
+
+Sites are the kinds of `anatomy.SITES`; each has places, such as `0.attention.qkv` (the input of that Linear) or
+`3.residual`. Exempt positions count nowhere: neither the queries nor the keys of such a token among scores.
+
+Shapes: B sequences, T tokens, H heads, S keys, M tokens of any sequences, K features.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from quantbench.anatomy import Anatomy, anatomy
+from quantbench.ops import Totals, outlier_stats
+from quantbench.ops.ranges import Histogram, Span
+
+Rule = Literal["absmax", "percentile", "mse"]  # how a range follows from what was seen
+
+PAIRS = ("scores", "probabilities")  # of a query and a key, [B, H, T, S]
+
+
+class Exemption:
+    """Which token positions of the batch at hand stay in full precision: extreme tokens, or none."""
+
+    mask_BT: Tensor | None = None
+
+    @contextmanager
+    def of(self, mask_BT: Tensor | None) -> Iterator[None]:
+        """Within it, positions that are True are not quantized, and do not count for ranges."""
+        before, self.mask_BT = self.mask_BT, mask_BT
+        try:
+            yield
+        finally:
+            self.mask_BT = before
+
+    def mask_for(self, x: Tensor) -> Tensor | None:
+        """The mask, having checked that it speaks of the positions of x, [B, T, features]."""
+        if self.mask_BT is not None:
+            expected, got = tuple(self.mask_BT.shape), tuple(x.shape[:-1])
+            assert got == expected, f"positions {expected} are marked exempt, but a Linear or block sees {got}"
+        return self.mask_BT
+
+    def spread(self, x: Tensor, kind: str) -> Tensor | None:
+        """The mask as it broadcasts against a site's tensor: [B, T, K], [B, H, T, E] or, of pairs, [B, H, T, S]."""
+        if self.mask_BT is None or x.ndim == 3:
+            mask_BT = self.mask_for(x)
+            return None if mask_BT is None else mask_BT.unsqueeze(-1)
+        queries_B1T1 = self.mask_BT[:, None, :, None]
+        return queries_B1T1 | self.mask_BT[:, None, None, :] if kind in PAIRS else queries_B1T1
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Sequences of the training split on which ranges are set, with the exempt positions of each (or None)."""
+
+    batches: list[tuple[Tensor, Tensor | None]]  # (ids_BT, exempt_BT)
+    exemption: Exemption = field(default_factory=Exemption)  # shared by every module of the quantized model
+
+
+def what_counts(x: Tensor, kind: str, exemption: Exemption) -> Tensor:
+    """A site's tensor with 0 where a value counts for no range: exempt positions, keys that come after the query."""
+    if kind in PAIRS:
+        x = x.tril(x.shape[-1] - x.shape[-2])
+    exempt = exemption.spread(x, kind)
+    return x if exempt is None else x.masked_fill(exempt, 0.0)
+
+
+Show = Callable[[str, Tensor, Tensor | None], None]  # (place, x [..., K], exempt positions as they broadcast)
+
+
+@torch.no_grad()
+def passes(model: nn.Module, calibration: Calibration, sites: Sequence[str], show: Show) -> None:
+    """Shows what passes every place of the sites, batch by batch. To be called before anything is quantized.
+
+    Values that count for nothing are 0. ValueError where the model does not show a site.
+    """
+    assert calibration.batches, "a calibration needs batches"
+    parts, exemption = anatomy(model), Exemption()
+    hooks = []
+    try:
+        for kind in sites:
+            for place, module in places(parts, kind).items():
+                hooks.append(_hook(module, kind, place, exemption, show))
+        with _in_eval_mode(model):
+            device = next(model.parameters()).device
+            for ids_BT, exempt_BT in calibration.batches:
+                with exemption.of(None if exempt_BT is None else exempt_BT.to(device)):
+                    model(ids_BT.to(device))
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def places(parts: Anatomy, kind: str) -> dict[str, nn.Module]:
+    """The modules at one kind of site: of `inputs` the Linears, whose inputs they are."""
+    if kind == "inputs":
+        linears = {name: linear for name, (_, linear) in parts.linears().items()}
+        assert linears, "the model has no Linear: it is quantized already"
+        return linears
+    return parts.sites(kind)
+
+
+def _hook(module: nn.Module, kind: str, place: str, exemption: Exemption, show: Show) -> Any:
+    def see(x: Tensor) -> None:
+        show(place, what_counts(x, kind, exemption), exemption.spread(x, kind))
+
+    def before(module: nn.Module, args: Any) -> None:
+        see(args[0])
+
+    def after(module: nn.Module, args: Any, output: Any) -> None:
+        see(output[0] if isinstance(output, tuple) else output)
+
+    return module.register_forward_pre_hook(before) if kind == "inputs" else module.register_forward_hook(after)
+
+
+@contextmanager
+def _in_eval_mode(model: nn.Module) -> Iterator[None]:
+    training = model.training
+    try:
+        model.eval()
+        yield
+    finally:
+        model.train(training)
+
+
+def survey(
+    model: nn.Module, calibration: Calibration, threshold: float = 0.0, sites: Sequence[str] = ("inputs",)
+) -> dict[str, Totals]:
+    """What each place carries over the calibration tokens: ranges, outliers, moments.
+
+    An outlier is an element of at least `threshold`. Of sites of one tensor a token ([B, T, K]) exempt tokens are left
+    out; of the others their values count as 0.
+    """
+    totals: dict[str, Totals] = {}
+
+    def show(place: str, x: Tensor, exempt: Tensor | None) -> None:
+        x_MK = x.flatten(0, -2) if exempt is None or x.ndim != 3 else x[~exempt.squeeze(-1)]
+        if len(x_MK):  # a batch may be exempt as a whole
+            here = Totals.of(outlier_stats(x_MK, threshold))
+            totals[place] = totals[place].merge(here) if place in totals else here
+
+    passes(model, calibration, sites, show)
+    assert totals or not sites, "every calibration position is exempt"
+    return totals
+
+
+def spans(
+    model: nn.Module,
+    calibration: Calibration,
+    sites: Sequence[str],
+    bits: int,
+    symmetric: bool = True,
+    rule: Rule = "absmax",
+    percent: float = 99.99,
+) -> dict[str, Span]:
+    """The static range of each place. ValueError where a value is infinite or NaN."""
+    if rule == "absmax" and symmetric:
+        largest = {place: found.row_absmax for place, found in survey(model, calibration, sites=sites).items()}
+        return {place: _finite(place, Span(-value, value)) for place, value in largest.items()}
+    extremes: dict[str, Span] = {}
+    histograms: dict[str, Histogram] = {}
+
+    def show(place: str, x: Tensor, exempt: Tensor | None) -> None:
+        zero = x.new_zeros((), dtype=torch.float32)
+        low, high = torch.minimum(x.amin().float(), zero), torch.maximum(x.amax().float(), zero)
+        if place in extremes:
+            low, high = torch.minimum(low, extremes[place].low), torch.maximum(high, extremes[place].high)
+        extremes[place] = Span(low, high)
+        if rule != "absmax":
+            values = x if exempt is None else x.where(~exempt, torch.nan)  # which no histogram counts as finite
+            histograms.setdefault(place, Histogram()).add(values[values.isfinite()])
+
+    passes(model, calibration, sites, show)
+    found = {place: _finite(place, span) for place, span in extremes.items()}
+    if rule == "percentile":
+        return {place: histograms[place].percentile(percent, symmetric) for place in found}
+    if rule == "mse":
+        return {place: histograms[place].least_error(bits, symmetric) for place in found}
+    return found
+
+
+def _finite(place: str, span: Span) -> Span:
+    if not (span.low.isfinite() and span.high.isfinite()):
+        raise ValueError(f"site {place}: activations overflow on the calibration batches; look at this run's losses")
+    return span
