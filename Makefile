@@ -6,6 +6,7 @@ SEEDS   ?= 3
 BIN     := .venv/bin
 PIP     := $(BIN)/python -m pip --disable-pip-version-check
 STAMP   := .venv/.installed
+PEERS   := hqq torchao einops termcolor  # what tests compare with, and nothing else should import: see pyproject.toml
 
 .PHONY: help setup bench test check format leaderboard perf clean
 .DEFAULT_GOAL := help
@@ -22,6 +23,8 @@ $(STAMP): pyproject.toml constraints.txt
 	@$(PIP) install -q -c constraints.txt torch 2>&1 | grep -v 'is ignored: it is neither' || true
 	@$(PIP) install -q -c constraints.txt -e '.[dev]' 2>&1 | grep -v 'is ignored: it is neither' || true
 	@$(PIP) check
+	@$(PIP) install -q -c constraints.txt --no-deps --upgrade --target .venv/peers $(PEERS) 2>&1 \
+		| grep -v 'is ignored: it is neither' || true
 	@$(BIN)/python -c "import quantbench, torch, transformers"
 	@touch $@
 

@@ -71,13 +71,13 @@ class Job:
         return {"mitigations": dump(self.recipe)["mitigations"], "lr": self.lr}
 
 
-class _Missing(Exception):
+class Missing(Exception):
     """A cell that has not been computed."""
 
 
 @dataclass
-class _Stages:
-    """The cells of one job: found in the store, or made (without `compute`: `_Missing`)."""
+class Stages:
+    """The cells of one job: found in the store, or made (without `compute`: `Missing`)."""
 
     job: Job
     store: Store
@@ -85,22 +85,31 @@ class _Stages:
     say: Say
 
     def __post_init__(self) -> None:
+        self.began = time.monotonic()
         self.say("data", 0, 1, "")
         self.data = self.job.track.task.open(self.store.root)  # type: ignore[attr-defined]
         self.seconds: dict[str, float] = {}
         mitigations = self.job.recipe.mitigations.items()
         self.entries = {name: entry.version for name, entry in mitigations}  # type: ignore[attr-defined]
+        after = post_hoc(self.job.recipe)
         self.trained = {
-            "version": VERSIONS["pretrain"], "recipe": _pretraining(self.job), "mitigations": self.entries,
+            "version": VERSIONS["pretrain"], "recipe": _pretraining(self.job),
+            "mitigations": _without(self.entries, after),
             "track": pretraining_part(self.job.track), "seed": self.job.seed,
             "data": self.data.digest, "environment": _without(environment(), ("bitsandbytes",)),
         }  # fmt: skip
+        # What every cell that judges the checkpoint depends on.
+        evaluated = _without(dump(self.job.track.evaluate), ("exemption",))
+        self.judged = {"checkpoint": digest(self.trained), "evaluate": evaluated}
+        if after:
+            resolved = self.job.resolved["mitigations"]
+            self.judged["prepare"] = {name: [self.entries[name], resolved[name]] for name in after}
 
     def stage(self, name: str, inputs: dict[str, Any], make: Callable[[Cell], dict[str, bytes | Path]]) -> Path:
         """The folder of a cell."""
         folder = self.store.load(name, inputs)
         if folder is None and not self.compute:
-            raise _Missing
+            raise Missing
         if folder is None:
             with self.store.cell(name, inputs) as cell:
                 start = time.monotonic()
@@ -112,32 +121,55 @@ class _Stages:
         """The pretrain cell: a folder that `from_pretrained` reads, with training.json beside it."""
         return self.stage("pretrain", self.trained, lambda cell: _pretrain(self.job, self.data, cell, self.say))
 
+    def head(self, reason: str | None, stages: dict[str, int], quantizers: dict[str, int]) -> Record:
+        """What every record of the job begins with, from the versions of the stages and quantizers that it used."""
+        job = self.job
+        track = dump(job.track)
+        return {
+            "schema": SCHEMA,
+            "status": "finished" if reason is None else "diverged",
+            "reason": reason,
+            "recipe": {"name": job.recipe_name, "digest": digest(job.resolved), "title": job.recipe.title,
+                       "resolved": job.resolved},
+            "track": {"name": job.track_name, "digest": digest(_without(track, COSMETIC)), "title": job.track.title,
+                      "resolved": track},
+            "seed": job.seed,
+            "data": self.data.digest,
+            "versions": {"stages": stages, "mitigations": self.entries, "quantizers": quantizers},
+            "environment": environment(),
+        }  # fmt: skip
+
+    def run(self) -> Record:
+        """The facts of this run."""
+        return {"date": datetime.now(UTC).isoformat(timespec="seconds"),
+                "seconds": round(time.monotonic() - self.began, 1), "stages": self.seconds,
+                "machine": platform.machine(), **source()}  # fmt: skip
+
 
 def training(job: Job, store: Store, compute: bool = True, say: Say = lambda *_: None) -> dict[str, Any] | None:
     """Pretraining alone: its losses, timeline, cost, and why it diverged if it did. `compute` as in `experiment`."""
     try:
-        found: dict[str, Any] = _read(_Stages(job, store, compute, say).checkpoint(), "training.json")
-    except _Missing:
+        found: dict[str, Any] = from_json(Stages(job, store, compute, say).checkpoint(), "training.json")
+    except Missing:
         return None
     return found
 
 
 def experiment(job: Job, store: Store, compute: bool = True, say: Say = lambda *_: None) -> tuple[Record, Any] | None:
     """The record of a job and the facts of its run; without `compute`, None where a cell is still missing."""
-    began, track, here = time.monotonic(), dump(job.track), environment()
-    stages = _Stages(job, store, compute, say)
-    stage, data = stages.stage, stages.data
-    judged = {"checkpoint": digest(stages.trained), "evaluate": _without(track["evaluate"], ("exemption",))}
+    track, here = dump(job.track), environment()
+    stages = Stages(job, store, compute, say)
+    stage, data, judged = stages.stage, stages.data, stages.judged
     try:
         checkpoint = stages.checkpoint()
-        trained = _read(checkpoint, "training.json")
+        trained = from_json(checkpoint, "training.json")
         reason = trained["reason"]
-        lazy = _Lazy(job, data, checkpoint)
+        lazy = Lazy(job, data, checkpoint)
         full, quantized = None, {}
         if reason is None:
             metrics = {name: catalog.load("metrics", name).version for name in job.track.metrics}
             inputs = judged | {"version": VERSIONS["measure"], "metrics": metrics}
-            full = _read(stage("measure", inputs, lambda _: _measure(lazy, say)), "figures.json")
+            full = from_json(stage("measure", inputs, lambda _: _measure(lazy, say)), "figures.json")
             reason = None if full["loss"] is not None else "the held-out loss is not finite"
         if reason is None:
             for index, (name, quantizer) in enumerate(job.track.quantizers.items()):
@@ -148,31 +180,35 @@ def experiment(job: Job, store: Store, compute: bool = True, say: Say = lambda *
                 }  # fmt: skip
                 say("quantize", index, len(job.track.quantizers), name)
                 folder = stage("quantize", inputs, lambda _, name=name: _quantize(lazy, name))  # type: ignore[misc]
-                quantized[name] = _read(folder, "figures.json")
-    except _Missing:
+                quantized[name] = from_json(folder, "figures.json")
+    except Missing:
         return None
-    versions = {"stages": VERSIONS, "mitigations": stages.entries, "quantizers": {
-        name: quantizer.version for name, quantizer in job.track.quantizers.items()}}  # type: ignore[attr-defined] # fmt: skip
-    record = {
-        "schema": SCHEMA,
-        "status": "finished" if reason is None else "diverged",
-        "reason": reason,
-        "recipe": {"name": job.recipe_name, "digest": digest(job.resolved), "title": job.recipe.title,
-                   "resolved": job.resolved},
-        "track": {"name": job.track_name, "digest": digest(_without(track, COSMETIC)), "title": job.track.title,
-                  "resolved": track},
-        "seed": job.seed,
-        "data": data.digest,
-        "versions": versions,
-        "environment": here,
+    versions = {name: quantizer.version for name, quantizer in job.track.quantizers.items()}  # type: ignore[attr-defined]
+    record = stages.head(reason, VERSIONS, versions) | {
         "cost": trained["cost"],
         "training": {key: trained[key] for key in ("losses", "final-loss", "timeline")},
         "full-precision": None if full is None else _without(full, ("sequence-losses",)),
         "quantized": {n: _without(q, ("sequence-losses", "sequence-kl")) for n, q in quantized.items()},
-    }  # fmt: skip
-    run = {"date": datetime.now(UTC).isoformat(timespec="seconds"), "seconds": round(time.monotonic() - began, 1),
-           "stages": stages.seconds, "machine": platform.machine(), **source()}  # fmt: skip
-    return record, run
+    }
+    return record, stages.run()
+
+
+def export(job: Job, store: Store, quantizer: Any, folder: Path, say: Say = lambda *_: None) -> dict[str, float] | None:
+    """Saves the job's model, quantized, in a folder (`packed.load` reads it): its report, and `bytes` on disk.
+
+    None where pretraining diverged.
+    """
+    from quantbench.packed import save
+
+    stages = Stages(job, store, True, say)
+    checkpoint = stages.checkpoint()
+    if from_json(checkpoint, "training.json")["reason"] is not None:
+        return None
+    say("quantize", 0, 1, "")
+    reference = Lazy(job, stages.data, checkpoint).reference
+    report = quantizer.quantize(reference.model, reference.calibrate())
+    name = catalog.entry_name("quantizers", quantizer)
+    return {**report, "bytes": save(reference.model, name, quantizer, folder, report)}
 
 
 # --- the three stages ------------------------------------------------------------------------------------------------
@@ -185,7 +221,8 @@ def _pretrain(job: Job, data: Any, cell: Cell, say: Say) -> dict[str, bytes | Pa
     def progress(step: int, loss: float) -> None:
         say("pretrain", step, job.track.steps, f"loss {loss:.3f}")
 
-    trained = pretrain(job.mitigations, job.lr, job.track, job.seed, data, cell.work, device(), progress)
+    mitigations = _without(job.mitigations, post_hoc(job.recipe))
+    trained = pretrain(mitigations, job.lr, job.track, job.seed, data, cell.work, device(), progress)
     length = job.track.length
     paid = cost(trained.model, length)
     paid["added-parameters"] = paid["parameters"] - cost(build({}, job.track, data), length)["parameters"]
@@ -201,32 +238,32 @@ def _pretrain(job: Job, data: Any, cell: Cell, say: Say) -> dict[str, bytes | Pa
     }
     trained.model.cpu().save_pretrained(cell.work / "model")
     files: dict[str, bytes | Path] = {path.name: path for path in sorted((cell.work / "model").iterdir())}
-    return files | {"training.json": _json(about)}
+    return files | {"training.json": to_json(about)}
 
 
-def _measure(lazy: "_Lazy", say: Say) -> dict[str, bytes | Path]:
+def _measure(lazy: "Lazy", say: Say) -> dict[str, bytes | Path]:
     from quantbench.evaluate import full_precision, harness
 
     say("measure", 0, 1, "full precision")
     figures = full_precision(lazy.reference)
     track = lazy.job.track
     figures["lm-eval"] = harness(lazy.reference.model, lazy.reference) if track.evaluate.lm_eval_items else None
-    return {"figures.json": _json(figures)}
+    return {"figures.json": to_json(figures)}
 
 
-def _quantize(lazy: "_Lazy", name: str) -> dict[str, bytes | Path]:
+def _quantize(lazy: "Lazy", name: str) -> dict[str, bytes | Path]:
     from quantbench.evaluate import harness, quantized
 
     track = lazy.job.track
     quantizer: Any = track.quantizers[name]
     model, figures = quantized(lazy.reference, quantizer, name in track.evaluate.exemption)
     figures["lm-eval"] = harness(model, lazy.reference) if _harnessed(lazy.job, name) else None
-    return {"figures.json": _json(figures)}
+    return {"figures.json": to_json(figures)}
 
 
 @dataclass
-class _Lazy:
-    """The checkpoint on the held-out sequences, loaded when the first missing cell needs it."""
+class Lazy:
+    """The checkpoint, prepared, on the held-out sequences; loaded when the first missing cell needs it."""
 
     job: Job
     data: Any
@@ -235,10 +272,11 @@ class _Lazy:
     @cached_property
     def reference(self) -> "Reference":
         from quantbench.evaluate import Reference
+        from quantbench.mitigations import combine
         from quantbench.model import QuantbenchModel
 
         model = QuantbenchModel.from_pretrained(self.checkpoint).eval().to(device())
-        return Reference(model, self.data, self.job.track)
+        return Reference(model, self.data, self.job.track, combine(self.job.recipe.mitigations))  # type: ignore[arg-type]
 
 
 def _harnessed(job: Job, quantizer: str) -> bool:
@@ -247,11 +285,15 @@ def _harnessed(job: Job, quantizer: str) -> bool:
 
 
 def _pretraining(job: Job) -> dict[str, Any]:
-    """The part of the recipe that pretraining sees: mitigations that are not purely post-hoc."""
+    """The part of the recipe that pretraining sees."""
+    return job.resolved | {"mitigations": _without(job.resolved["mitigations"], post_hoc(job.recipe))}
+
+
+def post_hoc(recipe: Recipe) -> tuple[str, ...]:
+    """The mitigations of a recipe that come after pretraining, and are no part of it."""
     from quantbench.mitigations import seams
 
-    after = {name for name, m in job.recipe.mitigations.items() if seams(m) == ["prepare"]}  # type: ignore[arg-type]
-    return job.resolved | {"mitigations": _without(job.resolved["mitigations"], tuple(after))}
+    return tuple(name for name, m in recipe.mitigations.items() if seams(m) == ["prepare"])  # type: ignore[arg-type]
 
 
 # --- small things ----------------------------------------------------------------------------------------------------
@@ -325,11 +367,13 @@ def _without(mapping: Mapping[str, Any], keys: tuple[str, ...]) -> dict[str, Any
     return {key: value for key, value in mapping.items() if key not in keys}
 
 
-def _read(folder: Path, name: str) -> Any:
+def from_json(folder: Path, name: str) -> Any:
+    """What a file of a cell holds."""
     return json.loads((folder / name).read_bytes())
 
 
-def _json(value: Any) -> bytes:
+def to_json(value: Any) -> bytes:
+    """The bytes of a cell's file."""
     return json.dumps(value, sort_keys=True, allow_nan=False).encode()
 
 

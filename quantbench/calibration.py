@@ -13,14 +13,16 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from quantbench.anatomy import Anatomy, anatomy
-from quantbench.ops import Totals, outlier_stats
+from quantbench.ops import Totals, median, outlier_stats
 from quantbench.ops.ranges import Histogram, Span
 
 Rule = Literal["absmax", "percentile", "mse"]  # how a range follows from what was seen
 
 PAIRS = ("scores", "probabilities")  # of a query and a key, [B, H, T, S]
+EXTREME = 3.0  # an extreme token's norm exceeds this many times the median
 
 
 class Exemption:
@@ -37,6 +39,9 @@ class Exemption:
         finally:
             self.mask_BT = before
 
+    def __deepcopy__(self, memo: Any) -> "Exemption":
+        return self  # what marks positions to a model marks them to its copies
+
     def mask_for(self, x: Tensor) -> Tensor | None:
         """The mask, having checked that it speaks of the positions of x, [B, T, features]."""
         if self.mask_BT is not None:
@@ -50,7 +55,10 @@ class Exemption:
             mask_BT = self.mask_for(x)
             return None if mask_BT is None else mask_BT.unsqueeze(-1)
         queries_B1T1 = self.mask_BT[:, None, :, None]
-        return queries_B1T1 | self.mask_BT[:, None, None, :] if kind in PAIRS else queries_B1T1
+        if kind not in PAIRS:
+            return queries_B1T1
+        keys_BS = F.pad(self.mask_BT, (x.shape[-1] - x.shape[-2], 0), value=False)  # cached ones are never exempt
+        return queries_B1T1 | keys_BS[:, None, None, :]
 
 
 @dataclass(frozen=True)
@@ -59,17 +67,28 @@ class Calibration:
 
     batches: list[tuple[Tensor, Tensor | None]]  # (ids_BT, exempt_BT)
     exemption: Exemption = field(default_factory=Exemption)  # shared by every module of the quantized model
+    rule: Rule | None = None  # of every static range, in the place of the quantizer's own
+    percent: float = 100.0  # under the rule `percentile`
 
 
 def what_counts(x: Tensor, kind: str, exemption: Exemption) -> Tensor:
-    """A site's tensor with 0 where a value counts for no range: exempt positions, keys that come after the query."""
+    """A site's tensor with 0 where a value counts for no range: see `uncounted`."""
     if kind in PAIRS:
         x = x.tril(x.shape[-1] - x.shape[-2])
     exempt = exemption.spread(x, kind)
     return x if exempt is None else x.masked_fill(exempt, 0.0)
 
 
-Show = Callable[[str, Tensor, Tensor | None], None]  # (place, x [..., K], exempt positions as they broadcast)
+def uncounted(x: Tensor, kind: str, exemption: Exemption) -> Tensor | None:
+    """Which values count for no range, as they broadcast: exempt positions, keys that come after the query."""
+    exempt = exemption.spread(x, kind)
+    if kind not in PAIRS:
+        return exempt
+    future_TS = torch.ones(x.shape[-2:], dtype=torch.bool, device=x.device).triu(x.shape[-1] - x.shape[-2] + 1)
+    return future_TS if exempt is None else exempt | future_TS
+
+
+Show = Callable[[str, Tensor, Tensor | None], None]  # (place, x [..., K], what of it is `uncounted`)
 
 
 @torch.no_grad()
@@ -98,7 +117,7 @@ def passes(model: nn.Module, calibration: Calibration, sites: Sequence[str], sho
 def places(parts: Anatomy, kind: str) -> dict[str, nn.Module]:
     """The modules at one kind of site: of `inputs` the Linears, whose inputs they are."""
     if kind == "inputs":
-        linears = {name: linear for name, (_, linear) in parts.linears().items()}
+        linears: dict[str, nn.Module] = {name: linear for name, (_, linear) in parts.linears().items()}
         assert linears, "the model has no Linear: it is quantized already"
         return linears
     return parts.sites(kind)
@@ -106,7 +125,7 @@ def places(parts: Anatomy, kind: str) -> dict[str, nn.Module]:
 
 def _hook(module: nn.Module, kind: str, place: str, exemption: Exemption, show: Show) -> Any:
     def see(x: Tensor) -> None:
-        show(place, what_counts(x, kind, exemption), exemption.spread(x, kind))
+        show(place, what_counts(x, kind, exemption), uncounted(x, kind, exemption))
 
     def before(module: nn.Module, args: Any) -> None:
         see(args[0])
@@ -157,25 +176,30 @@ def spans(
     rule: Rule = "absmax",
     percent: float = 99.99,
 ) -> dict[str, Span]:
-    """The static range of each place. ValueError where a value is infinite or NaN."""
-    if rule == "absmax" and symmetric:
-        largest = {place: found.row_absmax for place, found in survey(model, calibration, sites=sites).items()}
-        return {place: _finite(place, Span(-value, value)) for place, value in largest.items()}
+    """The static range of each place, by the calibration's rule where it has one.
+
+    ValueError where a value is infinite or NaN.
+    """
+    if calibration.rule is not None:
+        rule, percent = calibration.rule, calibration.percent
+    kept = [exempt_BT is None or not exempt_BT.all() for _, exempt_BT in calibration.batches]
+    assert any(kept), "every calibration position is exempt"
     extremes: dict[str, Span] = {}
     histograms: dict[str, Histogram] = {}
 
-    def show(place: str, x: Tensor, exempt: Tensor | None) -> None:
+    def show(place: str, x: Tensor, out: Tensor | None) -> None:
         zero = x.new_zeros((), dtype=torch.float32)
         low, high = torch.minimum(x.amin().float(), zero), torch.maximum(x.amax().float(), zero)
         if place in extremes:
             low, high = torch.minimum(low, extremes[place].low), torch.maximum(high, extremes[place].high)
         extremes[place] = Span(low, high)
         if rule != "absmax":
-            values = x if exempt is None else x.where(~exempt, torch.nan)  # which no histogram counts as finite
-            histograms.setdefault(place, Histogram()).add(values[values.isfinite()])
+            histograms.setdefault(place, Histogram()).add(x if out is None else x[~out.expand_as(x)])
 
     passes(model, calibration, sites, show)
     found = {place: _finite(place, span) for place, span in extremes.items()}
+    if symmetric:
+        found = {place: Span(-span.largest, span.largest) for place, span in found.items()}
     if rule == "percentile":
         return {place: histograms[place].percentile(percent, symmetric) for place in found}
     if rule == "mse":
@@ -187,3 +211,18 @@ def _finite(place: str, span: Span) -> Span:
     if not (span.low.isfinite() and span.high.isfinite()):
         raise ValueError(f"site {place}: activations overflow on the calibration batches; look at this run's losses")
     return span
+
+
+def peak_layer(norms_LNT: Tensor) -> tuple[int, float]:
+    """The layer of the residual peak, and the norm above which a token is extreme there: 3 x the median.
+
+    The layer has the largest max/median ratio of token norms, mean over sequences; the median is over all tokens.
+    ValueError where no layer has one (all norms zero, or the model overflows).
+    """
+    medians_L = median(norms_LNT.flatten(1))
+    ratios_L = (norms_LNT.amax(-1) / median(norms_LNT)).mean(-1)
+    usable_L = ratios_L.isfinite() & (medians_L > 0)
+    if not usable_L.any():
+        raise ValueError("extreme tokens: the residual stream is zero or not finite; the model has diverged")
+    layer = int(ratios_L.where(usable_L, torch.zeros_like(ratios_L)).argmax())
+    return layer, EXTREME * float(medians_L[layer])

@@ -22,6 +22,18 @@ def _roundings() -> Iterator[tuple[str, Line]]:
                 yield f"w{bits}a{bits}-{scope}{name}", ("integer:Integer", {**fields, "sites": sites})
 
 
+def _decompositions() -> Iterator[tuple[str, Line]]:
+    """LLM.int8() at each threshold, 0 being off, and by single elements."""
+    for name, threshold, elementwise in (
+        ("llm-int8", 6.0, False),
+        ("llm-int8-3", 3.0, False),
+        ("llm-int8-10", 10.0, False),
+        ("llm-int8-off", 0.0, False),
+        ("llm-int8-elementwise", 6.0, True),
+    ):
+        yield name, ("llm_int8:LLMInt8", {"threshold": threshold, "elementwise": elementwise})
+
+
 QUALCOMM = ("inputs", "residual", "norms", "scores", "probabilities", "products")
 
 AXES: dict[str, dict[str, Line]] = {
@@ -35,6 +47,10 @@ AXES: dict[str, dict[str, Line]] = {
         "sink-logit": "sink_logit:SinkLogit",
         "adamw": "adamw:AdamW",
         "sgd": "sgd:SGD",
+        "prefix-kv": "prefix_kv:PrefixKV",
+        "smoothquant": "smoothquant:SmoothQuant",
+        "hadamard": "hadamard:Hadamard",
+        "percentile-clip": "percentile_clip:PercentileClip",
     },
     "quantizers": {
         **dict(_roundings()),
@@ -42,14 +58,19 @@ AXES: dict[str, dict[str, Line]] = {
         "w8a16-rtn": ("integer:Integer", {"weights": 8, "activations": 16}),
         "w6a16-rtn": ("integer:Integer", {"weights": 6, "activations": 16}),
         "w4a16-rtn": ("integer:Integer", {"weights": 4, "activations": 16, "group": 64}),
+        "w4a16-gptq": "gptq:GPTQ",
+        "w4a16-awq": "awq:AWQ",
+        "w4a16-hqq": "hqq:HQQ",
         "w4a8-token": ("integer:Integer", {"weights": 4, "activations": 8, "group": 64, "range": "token"}),
         "w4a4kv4": (
             "integer:Integer",
             {"weights": 4, "activations": 4, "group": 64, "range": "token", "sites": ("inputs", "keys", "values")},
         ),
-        "llm-int8": "llm_int8:LLMInt8",
+        **dict(_decompositions()),
         "bnb-int8": "bnb:BnbInt8",
-        "bnb-nf4": "bnb:BnbNF4",
+        "bnb-nf4": ("bnb:Bnb4", {"kind": "nf4"}),
+        "bnb-fp4": ("bnb:Bnb4", {"kind": "fp4"}),
+        "torchao-int8dyn": "ao:TorchaoInt8",
     },
     "metrics": {
         "residual-peak": "residual_peak:ResidualPeak",
@@ -66,6 +87,10 @@ AXES: dict[str, dict[str, Line]] = {
         "mmr": "mmr:MMR",
     },
 }
+
+
+# Mitigations that come after pretraining and share the checkpoints of what they build on.
+POST_HOC = ("prefix-kv", "smoothquant", "hadamard", "percentile-clip")
 
 
 def names(axis: str) -> list[str]:

@@ -5,6 +5,7 @@ Exit codes: 0 done, 2 bad input, 3 some cells failed, 4 a run diverged, 5 integr
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,7 @@ from quantbench import __version__, catalog
 
 if TYPE_CHECKING:
     from quantbench.bench import Job
+    from quantbench.recipe import Track
     from quantbench.store import Store
 
 
@@ -63,7 +65,8 @@ def _store() -> "Store":
 
 def bench(arguments: argparse.Namespace) -> int:
     """Train, measure and quantize recipes beside their baseline, and print the table."""
-    jobs, results, store = _jobs(arguments), _results(arguments), _store()
+    jobs = _jobs(arguments, ["baseline", *arguments.recipe], arguments.set)
+    results, store = _results(arguments), _store()
     scratch = bool(arguments.set)
     if scratch:
         from quantbench.store import digest
@@ -93,14 +96,14 @@ def bench(arguments: argparse.Namespace) -> int:
     return outcome.exit_code
 
 
-def _jobs(arguments: argparse.Namespace) -> "list[Job]":
-    """Seed by seed, the baseline first, so that a first comparison is there early."""
+def _jobs(arguments: argparse.Namespace, recipe_names: list[str], sets: Sequence[str] = ()) -> "list[Job]":
+    """Seed by seed, in the order of the names, so that a first comparison is there early."""
     from quantbench.bench import Job, first_seeds
     from quantbench.recipe import load_recipe, load_track
 
     # Recipes first: most of them load nothing heavy, while every track loads its quantizers.
-    recipes = dict(load_recipe(name, root()) for name in dict.fromkeys(["baseline", *arguments.recipe]))
-    track_name, track = load_track(arguments.track, root(), arguments.set)
+    recipes = dict(load_recipe(name, root()) for name in dict.fromkeys(recipe_names))
+    track_name, track = load_track(arguments.track, root(), sets)
     seeds = track.seeds if arguments.seeds is None else first_seeds(track, arguments.seeds)
     return [Job(name, recipe, track_name, track, seed) for seed in seeds for name, recipe in recipes.items()]
 
@@ -130,18 +133,110 @@ def _render(results: Path) -> None:
 
 
 def _print_table(results: Path, track: str) -> None:
+    from quantbench import leaderboard
+
+    _print(leaderboard.table(results, track), f"{track}, ranked by damage")
+
+
+def _print(shown: "tuple[list[str], list[list[str]]]", title: str) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from quantbench import leaderboard
-
-    header, rows = leaderboard.table(results, track)
-    table = Table(*header, title=f"{track}, ranked by damage", title_justify="left")
+    header, rows = shown
+    table = Table(*header, title=title, title_justify="left")
     for row in rows:
         table.add_row(*row)
     # A pipe has no width of its own: give it all the table needs.
     console = Console(markup=False) if sys.stdout.isatty() else Console(markup=False, width=240)
     console.print(table)
+
+
+def sites(arguments: argparse.Namespace) -> int:
+    """Tell which site pays: the damage of rounding each place alone, and of rounding all but it."""
+    jobs, results, store = _jobs(arguments, arguments.recipe), _results(arguments), _store()
+
+    import os
+    from functools import partial
+
+    from quantbench import sites as paying
+    from quantbench.bench import default_jobs
+    from quantbench.sweep import sweep
+
+    paying.scheme(jobs[0].track, arguments.quantizer)
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    workers, measure = arguments.jobs or default_jobs(), partial(paying.experiment, quantizer=arguments.quantizer)
+    outcome = sweep(jobs, store, results, workers, arguments.accept, lambda line: print(line, file=sys.stderr), measure)
+    _render(results)
+    _print_sites(jobs, results, arguments)
+    return outcome.exit_code
+
+
+def _print_sites(jobs: "list[Job]", results: Path, arguments: argparse.Namespace) -> None:
+    """What is known of these jobs by now: a table, or one JSON object."""
+    import json
+
+    from quantbench import leaderboard
+    from quantbench.results import read_all, read_sites
+
+    track = jobs[0].track_name
+    every = [r for r in read_sites(results) if r["track"]["name"] == track]
+    if arguments.json:
+        asked = {(job.recipe_name, job.seed) for job in jobs}
+        mine = [r for r in every if (r["recipe"]["name"], r["seed"]) in asked]
+        mine = [r for r in mine if r["quantizer"]["name"] == arguments.quantizer]
+        found = {"track": track, "quantizer": arguments.quantizer, "records": mine}
+        print(json.dumps(found, indent=1, sort_keys=True, allow_nan=False, ensure_ascii=False))
+        return
+    table = [r for r in read_all(results) if r["track"]["name"] == track]
+    if runs := leaderboard.paying(every, table).get(arguments.quantizer):
+        _print(leaderboard.sites_table(runs), f"{track}, which site pays under {arguments.quantizer}")
+
+
+def export(arguments: argparse.Namespace) -> int:
+    """Save a recipe's model, quantized and packed, in a folder; it is trained first where the store lacks it."""
+    import os
+
+    from quantbench.bench import Job
+    from quantbench.recipe import load_recipe, load_track
+
+    name, recipe = load_recipe(arguments.recipe, root())
+    track_name, track = load_track(arguments.track, root())
+    job = Job(name, recipe, track_name, track, track.seeds[0] if arguments.seed is None else arguments.seed)
+    quantizer = _quantizer(arguments.quantizer, track)
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    import torch
+
+    from quantbench.bench import export as exported
+
+    torch.set_num_threads(1)  # as in `bench`: a checkpoint's last bits depend on it
+    report = exported(job, _store(), quantizer, Path(arguments.to), _say)
+    if report is None:
+        print(f"{job}: diverged; nothing to export", file=sys.stderr)
+        return 4
+    print(
+        f"{job}, {arguments.quantizer}: {report['bits-per-weight']:.2f} bits per weight of the blocks, "
+        f"{report['bytes']:,} bytes in {arguments.to}"
+    )
+    return 0
+
+
+def _quantizer(name: str, track: "Track") -> Any:
+    """The track's quantizer of that name, else the catalog's; ValueError where it cannot work on the track's model."""
+    from quantbench.strict import nearest, quote
+
+    known = catalog.names("quantizers")
+    if name not in known:
+        raise ValueError(f"--quantizer {quote(name)}: there is none{nearest(name, known)}")
+    quantizer: Any = track.quantizers.get(name)
+    if quantizer is None:
+        quantizer = catalog.load("quantizers", name)(**catalog.preset("quantizers", name))
+    quantizer.check([track.model.width, track.model.mlp_width])
+    return quantizer
+
+
+def _say(stage: str, done: int, of: int, detail: str) -> None:
+    if done == 0 or done % max(1, of // 10) == 0:
+        print(f"{stage} {done}/{of} {detail}".rstrip(), file=sys.stderr, flush=True)
 
 
 def tune(arguments: argparse.Namespace) -> int:
@@ -264,6 +359,13 @@ def _count(text: str) -> int:
     return number
 
 
+def _seed(text: str) -> int:
+    number = int(text)
+    if not 0 <= number < 2**31:
+        raise argparse.ArgumentTypeError(f"{number}: 0 to 2^31 - 1 is needed")
+    return number
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="quantbench", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
@@ -292,6 +394,21 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     runs.add_argument("--dry-run", action="store_true", help="say what would run, and what is there already")
     runs.add_argument("--accept", action="store_true", help="replace committed records that this run contradicts")
+    pays = verb("sites", sites)
+    pays.add_argument("recipe", nargs="+", metavar="RECIPE")
+    pays.add_argument("--track", default="text")
+    pays.add_argument("--quantizer", default="w8a8-static", help="one that rounds to nearest (default: w8a8-static)")
+    pays.add_argument("--seeds", type=int, metavar="N", help="the first N seeds of the track (default: all)")
+    pays.add_argument("--jobs", type=_count, metavar="N", help="runs at a time (default: one per core)")
+    pays.add_argument("--results", metavar="DIR", help="where records and tables go (default: results/)")
+    pays.add_argument("--accept", action="store_true", help="replace committed records that this run contradicts")
+    pays.add_argument("--json", action="store_true", help="one JSON object: the records of these runs")
+    exports = verb("export", export)
+    exports.add_argument("recipe", metavar="RECIPE")
+    exports.add_argument("--quantizer", required=True, metavar="NAME", help="as `quantbench list` names them")
+    exports.add_argument("--track", default="text")
+    exports.add_argument("--seed", type=_seed, metavar="N", help="of the run (default: the track's first)")
+    exports.add_argument("--to", required=True, metavar="FOLDER", help="where the model goes")
     tunes = verb("tune", tune)
     tunes.add_argument("recipe", nargs="+", metavar="RECIPE")
     tunes.add_argument("--track", default="text")

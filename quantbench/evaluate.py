@@ -11,9 +11,9 @@ import copy
 import logging
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import redirect_stderr
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from quantbench.calibration import Calibration
+from quantbench.mitigations import Mitigation
 from quantbench.quantizers import Quantizer
 from quantbench.recipe import Track
 from quantbench.tasks import Data
@@ -40,9 +41,10 @@ Figures = dict[str, Any]
 class Reference:
     """The full-precision model on the held-out sequences: what every quantized one is compared with."""
 
-    model: nn.Module
+    model: nn.Module  # of a recipe with a post-hoc mitigation: as it was prepared
     data: Data
     track: Track
+    mitigation: Mitigation = field(default_factory=Mitigation)
 
     def __post_init__(self) -> None:
         self.device = next(self.model.parameters()).device
@@ -51,6 +53,16 @@ class Reference:
         calibration_NT = self.data.calibration(CALIBRATION_BATCH * self.track.evaluate.calibration, self.track.length)
         self.calibration = list(torch.from_numpy(calibration_NT)[:, :-1].to(self.device).split(CALIBRATION_BATCH))
         self._kept: dict[int, Tensor] = {}
+        self.prepared = self.mitigation.prepare(
+            self.model, Calibration([(ids_BT, None) for ids_BT in self.calibration])
+        )
+        self.model = self.prepared.model
+
+    def calibrate(self, exempt: Sequence[Tensor | None] | None = None) -> Calibration:
+        """What a quantizer calibrates on, less the exempt positions of each batch, by the preparation's rule."""
+        masks = [None] * len(self.calibration) if exempt is None else exempt
+        batches = list(zip(self.calibration, masks, strict=True))
+        return Calibration(batches, rule=self.prepared.rule, percent=self.prepared.percent)
 
     @property
     def traced(self) -> list[Tensor]:
@@ -78,7 +90,7 @@ class Reference:
 
 
 def full_precision(reference: Reference) -> Figures:
-    """Quality and metrics of the model as it was trained."""
+    """Quality and metrics of the model as it was trained and prepared."""
     nll_NT = reference.nll_NT
     readings = measure(reference.model, reference.traced, reference.track.metrics)
     metrics = {n: {"value": r.value, "per-layer": r.per_layer, "extra": r.extra} for n, r in readings.items()}
@@ -94,7 +106,7 @@ def full_precision(reference: Reference) -> Figures:
 def quantized(reference: Reference, quantizer: Quantizer, exemption: bool) -> tuple[nn.Module, Figures]:
     """The quantized model, and what quantizing cost; with `exemption`, also with extreme tokens kept out of it."""
     plain: list[Tensor | None] = [None] * len(reference.batches)
-    model, calibration, report = _quantize(reference, quantizer, [None] * len(reference.calibration))
+    model, calibration, report = _quantize(reference, quantizer, None)
     found = _compare(reference, model, calibration, plain)
     found["report"] = report
     found["sqnr"] = sqnr(reference.model, model, reference.traced, reference.rule)
@@ -122,10 +134,10 @@ def _exempt(reference: Reference, quantizer: Quantizer) -> Figures:
 
 
 def _quantize(
-    reference: Reference, quantizer: Quantizer, exempt: list[Tensor | None]
+    reference: Reference, quantizer: Quantizer, exempt: Sequence[Tensor | None] | None
 ) -> tuple[nn.Module, Calibration, dict[str, float]]:
     model = copy.deepcopy(reference.model)
-    calibration = Calibration(list(zip(reference.calibration, exempt, strict=True)))
+    calibration = reference.calibrate(exempt)
     return model, calibration, quantizer.quantize(model, calibration)
 
 

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from quantbench.relation import finished, point
 from quantbench.results import BASELINE, Record
@@ -28,6 +28,11 @@ SIGNATURES = {
     "residual-peak": ("residual peak", "largest / median token norm", "log"),
     "bos-attention": ("attention to BOS", "mean attention weight", "linear"),
     "value-drain": ("value drain", "value norm of BOS / other tokens", "log"),
+}
+PROPAGATION = {
+    "accumulated": ("accumulated A", "error / output of the block, squared", "log"),
+    "local": ("local B", "", "log"),
+    "interaction": ("interaction C / R", "share of the whole error", "linear"),
 }
 
 
@@ -58,7 +63,8 @@ def relations(records: list[Record], figures: dict[str, Any]) -> bytes | None:
         return None
     from matplotlib.lines import Line2D
 
-    columns = min(3, len(shown))
+    columns = 3 if len(shown) <= 12 else 6
+    columns = min(columns, len(shown))
     rows = math.ceil(len(shown) / columns)
     with _figure(2.6 * columns + 0.8, 2.2 * rows + 1.1) as figure:
         grid = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
@@ -85,35 +91,129 @@ def relations(records: list[Record], figures: dict[str, Any]) -> bytes | None:
 def timeline(records: list[Record]) -> bytes | None:
     """The three signatures over training, a line per recipe (mean over seeds). None where nothing was logged."""
     runs = finished(records)
-    styles = _styles(runs)
+    panels = []
+    for signature, (title, unit, scale) in SIGNATURES.items():
+        courses = {
+            recipe: _course([r for r in runs if r["recipe"]["name"] == recipe], signature, scale == "log")
+            for recipe in _styles(runs)
+        }
+        panels.append(Panel(title, unit, scale, courses))
+    return _lines(panels, "training step", lambda axes: _training_steps(axes, runs), _styles(runs))
+
+
+def propagation(sites: list[Record], records: list[Record]) -> bytes | None:
+    """How each block's error comes about, a line per recipe (mean over seeds), of records of `quantbench sites`.
+
+    Of tokens that are not extreme. Recipes have the styles that they have among `records`. None where nothing is known.
+    """
+    by_recipe: dict[str, list[Record]] = {}
+    for record in sites:
+        if record["propagation"] is not None:
+            by_recipe.setdefault(record["recipe"]["name"], []).append(record)
+    panels = []
+    for part, (title, unit, scale) in PROPAGATION.items():
+        courses = {}
+        for recipe, runs in by_recipe.items():
+            points = [
+                (layer, _part(found, part)) for r in runs for layer, found in enumerate(r["propagation"]["non-sink"])
+            ]
+            courses[recipe] = _means(points, scale == "log")
+        panels.append(Panel(title, unit, scale, courses))
+    styles = _styles([*finished(records), *sites])
+    last = max((len(r["propagation"]["non-sink"]) - 1 for runs in by_recipe.values() for r in runs), default=0)
+    shown = {name: styles[name] for name in styles if name in by_recipe}
+    return _lines(panels, "block", lambda axes: _counted(axes, last), shown)
+
+
+def _part(found: dict[str, float | None], part: str) -> float | None:
+    """Of a block's error; the interaction, which has a sign, relative to the whole."""
+    value, whole = found[part], found["total"]
+    return value if part != "interaction" or value is None or not whole else value / whole
+
+
+class Panel(NamedTuple):
+    """One axes of a row of them: a line per recipe."""
+
+    title: str
+    unit: str
+    scale: str
+    courses: dict[str, list[tuple[float, float]]]
+
+
+def _lines(
+    panels: list[Panel], xlabel: str, mark_x: Callable[[Axes], None], styles: dict[str, tuple[str, str]]
+) -> bytes | None:
+    """Panels side by side, the recipes named once, at the right. None where there is no line."""
     left, panel, gap = 0.6, 2.25, 0.65  # inches; right of the last panel there is room for the longest name
     width = left + 3 * panel + 2 * gap + 0.35 + 0.062 * max(map(len, styles), default=0)
     height = max(3.2, 0.155 * len(styles) + 1.0)
     with _figure(width, height) as figure:
         last = None
-        for place, (signature, (title, unit, scale)) in enumerate(SIGNATURES.items()):
+        for place, (title, unit, scale, courses) in enumerate(panels):
             axes = figure.add_axes(
                 ((left + place * (panel + gap)) / width, 0.5 / height, panel / width, 1 - 0.95 / height)
             )
             axes.set_title(title, loc="left", fontweight="bold")
             axes.set_ylabel(unit)
-            axes.set_xlabel("training step")
+            axes.set_xlabel(xlabel)
             axes.set_yscale(scale)
             ends = {}
             for recipe, (colour, _) in styles.items():
-                course = _course([r for r in runs if r["recipe"]["name"] == recipe], signature, scale == "log")
-                if course:
+                if course := courses[recipe]:
                     thickness, order = (1.8, 3) if recipe == BASELINE else (1.0, 2)
                     axes.plot(*zip(*course, strict=True), color=colour, linewidth=thickness, zorder=order)
                     ends[recipe] = course[-1]
             if ends:
                 last = (axes, ends)
-                _training_steps(axes, runs)
+                mark_x(axes)
                 if scale == "log":
                     _plain_ticks(axes.yaxis)
         if last is None:
             return None
         _name_ends(*last, styles)
+        return _svg(figure)
+
+
+def heat(columns: list[str], rows: list[tuple[str, list[tuple[float, str, bool]]]]) -> bytes | None:
+    """A box per recipe and column: its colour is log10 of the damage, its text a ratio, its frame a significance.
+
+    `rows`: recipe -> (damage, text, framed) per column; a damage that is not above 0 stays white.
+    """
+    if not columns or not rows:
+        return None
+    from matplotlib.colors import LogNorm
+    from matplotlib.patches import Rectangle
+
+    damages = [damage for _, boxes in rows for damage, _, _ in boxes if damage > 0]
+    if not damages:
+        return None
+    lowest, highest = max(min(damages), max(damages) * 1e-6), max(damages)
+    norm = LogNorm(lowest, highest)
+    left, top, box = 1.35, 1.45, (0.5, 0.24)  # inches
+    width, height = left + box[0] * len(columns) + 0.1, top + box[1] * len(rows) + 0.25
+    with _figure(width, height) as figure:
+        axes = figure.add_axes((left / width, 0.25 / height, 1 - (left + 0.1) / width, 1 - (top + 0.25) / height))
+        axes.set(xlim=(0, len(columns)), ylim=(len(rows), 0))
+        axes.grid(False)
+        axes.xaxis.tick_top()
+        axes.tick_params(length=0)
+        axes.set_xticks([i + 0.5 for i in range(len(columns))], columns, rotation=60, ha="left", rotation_mode="anchor")
+        axes.set_yticks([i + 0.5 for i in range(len(rows))], [name for name, _ in rows])
+        for y, (_, boxes) in enumerate(rows):
+            for x, (damage, text, framed) in enumerate(boxes):
+                shade = float(norm(max(damage, lowest))) if damage > 0 else 0.0
+                colour = (1 - 0.62 * shade, 1 - 0.85 * shade, 1 - 0.8 * shade) if damage > 0 else "white"
+                axes.add_patch(Rectangle((x + 0.03, y + 0.05), 0.94, 0.9, facecolor=colour, edgecolor="none"))
+                ink = "white" if shade > 0.6 else "0.2"
+                axes.text(x + 0.5, y + 0.5, text, ha="center", va="center", fontsize=6.5, color=ink)
+                if framed:
+                    axes.add_patch(
+                        Rectangle((x + 0.05, y + 0.09), 0.9, 0.82, fill=False, edgecolor="black", linewidth=1)
+                    )
+        for spine in axes.spines.values():
+            spine.set_visible(False)
+        low, high = (f"{value:.2g}" for value in (lowest, highest))
+        axes.text(0, len(rows) + 0.75, f"white {low} to red {high} nats per token, log scale", color="0.35")
         return _svg(figure)
 
 
@@ -159,6 +259,14 @@ def _training_steps(axes: Axes, runs: list[Record]) -> None:
     decades = [10**power for power in range(10) if first <= 10**power <= last]
     axes.xaxis.set_major_locator(FixedLocator([0, *decades]))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+
+
+def _counted(axes: Axes, last: int) -> None:
+    """An axis of what is counted from 0."""
+    from matplotlib.ticker import MaxNLocator
+
+    axes.set_xlim(-0.05 * (last + 1), 1.05 * (last + 1) - 1)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 
 def _plain_ticks(axis: Axis) -> None:
@@ -242,14 +350,17 @@ def _name_ends(axes: Axes, ends: dict[str, tuple[float, float]], styles: dict[st
 
 def _course(runs: list[Record], signature: str, logarithmic: bool) -> list[tuple[float, float]]:
     """(step, mean over seeds): the geometric mean where the axis is logarithmic."""
-    by_step: dict[int, list[float]] = {}
-    for run in runs:
-        for entry in run["training"]["timeline"]:
-            value = entry[signature]
-            if value is not None and (value > 0 or not logarithmic):
-                by_step.setdefault(entry["step"], []).append(math.log(value) if logarithmic else value)
-    means = [(step, math.fsum(values) / len(values)) for step, values in sorted(by_step.items())]
-    return [(float(step), math.exp(mean) if logarithmic else mean) for step, mean in means]
+    return _means([(e["step"], e[signature]) for run in runs for e in run["training"]["timeline"]], logarithmic)
+
+
+def _means(points: list[tuple[int, float | None]], logarithmic: bool) -> list[tuple[float, float]]:
+    """(x, mean of all y there), ascending."""
+    by_x: dict[int, list[float]] = {}
+    for x, y in points:
+        if y is not None and (y > 0 or not logarithmic):
+            by_x.setdefault(x, []).append(math.log(y) if logarithmic else y)
+    means = [(x, math.fsum(values) / len(values)) for x, values in sorted(by_x.items())]
+    return [(float(x), math.exp(mean) if logarithmic else mean) for x, mean in means]
 
 
 def _in_words(figures: dict[str, Any]) -> str:

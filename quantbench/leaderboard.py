@@ -19,8 +19,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from quantbench import figures, relation, stats
-from quantbench.results import BASELINE, Record, comparable, rank_by, read_all
+from quantbench import figures, grid, relation, stats
+from quantbench.results import BASELINE, Record, comparable, digests, rank_by, read_all, read_sites
 from quantbench.store import atomic_write
 
 BEGIN, END = "<!-- leaderboard:begin -->", "<!-- leaderboard:end -->"
@@ -222,8 +222,64 @@ def main_table(track: Board) -> Table:
 
 def damage_table(track: Board) -> Table:
     """The damage of every quantizer, nats per token."""
-    rows = [[r.name, *(_text(r.quantized(q, "damage")) for q in track.quantizers)] for r in track.rows if r.records]
-    return ["recipe", *track.quantizers], rows
+    rows = [row for row in track.rows if row.records]
+    body = [[quantizer, *(_text(row.quantized(quantizer, "damage")) for row in rows)] for quantizer in track.quantizers]
+    return ["quantizer", *(row.name for row in rows)], body
+
+
+def map_tables(track: Board) -> dict[int, Table]:
+    """bits -> the map's cells of these bits: damage, and how the recipe's KL compares with the baseline's."""
+    placed = grid.cells(track.records[0]["track"]["resolved"].get("quantizers", {})) if track.records else {}
+    rows = [row for row in track.rows if row.records]
+    tables = {}
+    for bits in dict.fromkeys(cell.bits for cell in placed):
+        mine = {cell: name for cell, name in placed.items() if cell.bits == bits and name in track.quantizers}
+        header = ["recipe", *(f"{cell}" for cell in mine)]
+        tables[bits] = header, [[row.name, *(_cell(row, name) for name in mine.values())] for row in rows]
+    return {bits: table for bits, table in tables.items() if len(table[0]) > 1}
+
+
+def _cell(row: Row, quantizer: str) -> str:
+    """Mean damage and, but for the baseline, the ratio of KLs, marked where it separates."""
+    damage, ratio = row.quantized(quantizer, "damage"), row.comparisons.get(quantizer)
+    shown = "–" if damage is None else _plain(damage.value)
+    if row.name == BASELINE or ratio is None:
+        return shown
+    times = f"× {_plain(math.exp(ratio.difference.mean))}"
+    return f"{shown} ({times}{' †' if separates(ratio) else ''})"
+
+
+def _heat(track: Board) -> tuple[list[str], list[tuple[str, list[tuple[float, str, bool]]]]]:
+    """What `figures.heat` draws of the map."""
+    placed = grid.cells(track.records[0]["track"]["resolved"].get("quantizers", {})) if track.records else {}
+    mine = {cell: name for cell, name in placed.items() if name in track.quantizers}
+    columns = [f"W{cell.bits}A{cell.bits} {cell}" for cell in mine]
+    rows = []
+    for row in track.rows:
+        if row.records:
+            boxes = []
+            for name in mine.values():
+                ratio = row.comparisons.get(name)
+                known = ratio is not None and row.name != BASELINE
+                text = _plain(math.exp(ratio.difference.mean)) if ratio is not None and known else ""
+                boxes.append((_value(row.quantized(name, "damage")), text, ratio is not None and separates(ratio)))
+            rows.append((row.name, boxes))
+    return columns, rows
+
+
+def separates(compared: stats.Comparison) -> bool:
+    """Whether a recipe's KL differs from the baseline's: the interval of the log ratio leaves out 0."""
+    return not compared.difference.low <= 0 <= compared.difference.high
+
+
+def separating(track: Board) -> str:
+    """Which cells of the map tell a recipe from the baseline, in words."""
+    placed = grid.cells(track.records[0]["track"]["resolved"].get("quantizers", {}))
+    found = []
+    for cell, name in placed.items():
+        apart = [row.name for row in track.rows if name in row.comparisons and separates(row.comparisons[name])]
+        found.append(f"W{cell.bits}A{cell.bits} {cell}: {', '.join(apart) or 'none'}")
+    return "Recipes whose KL differs from the baseline's, cell by cell: " + "; ".join(found) + "."
 
 
 def quality_table(track: Board) -> Table:
@@ -245,13 +301,11 @@ def quality_table(track: Board) -> Table:
 
 def harness_table(track: Board) -> Table:
     """Accuracy on the last word of passages, as lm-evaluation-harness scores it, before and after quantizing."""
-    header = ["recipe", "full precision", *track.quantizers]
+    scored = [q for q in track.quantizers if any(row.quantized(q, "lm-eval", "last-word") for row in track.rows)]
+    header = ["recipe", "full precision", *scored]
     rows = []
     for row in track.rows:
-        figures = [
-            row.full("lm-eval", "last-word"),
-            *(row.quantized(q, "lm-eval", "last-word") for q in track.quantizers),
-        ]
+        figures = [row.full("lm-eval", "last-word"), *(row.quantized(q, "lm-eval", "last-word") for q in scored)]
         if any(figures):
             rows.append([row.name, *map(_text, figures)])
     return header, rows
@@ -282,6 +336,79 @@ def table(results_root: Path, track: str) -> Table:
     return main_table(board(mine))
 
 
+# --- which site pays -----------------------------------------------------------------------------------------------
+
+WORST = 3  # places of a recipe that are named
+SITES_LEGEND = f"""Damage of rounding one kind of site *alone*, and the damage *spared* by rounding everything else, \
+nats per token, mean ± half of the 95% t interval over seeds. *worst places*: the {WORST} without which most of the KL \
+is spared. *SQNR there*: of the rounding at the first of them, in dB, over extreme tokens / the others. Below: what \
+the squared error R of a block's output consists of, over tokens that are not extreme; *accumulated*: it came in, \
+*local*: the block adds it, *interaction*: how the two meet ([arXiv:2509.23500](https://arxiv.org/abs/2509.23500); \
+sites.py has the formulas)."""
+
+
+def paying(sites: list[Record], records: list[Record]) -> dict[str, list[Record]]:
+    """quantizer -> its records of `quantbench sites` that may be pooled, of one track.
+
+    They are of the digests that the table of the track's `records` is of, where there are any.
+    """
+    table = comparable(records)[0]
+    versions = {r["recipe"]["name"]: r["recipe"]["digest"] for r in table}
+    tables = {digests(r) for r in table}
+    fresh = [
+        r
+        for r in sites
+        if (not tables or digests(r) in tables)
+        and versions.get(r["recipe"]["name"], r["recipe"]["digest"]) == r["recipe"]["digest"]
+        and r["status"] == "finished"
+    ]
+    quantizers = sorted({r["quantizer"]["name"] for r in fresh})
+    return {name: comparable([r for r in fresh if r["quantizer"]["name"] == name])[0] for name in quantizers}
+
+
+def sites_table(runs: list[Record]) -> Table:
+    """What each kind of site pays under one quantizer, a row per recipe, the baseline first."""
+    kinds = sorted({kind for r in runs for kind in r["kinds"]})
+    header = ["recipe", "seeds", "damage of all", *(f"{kind} {how}" for kind in kinds for how in ("alone", "spared"))]
+    rows = []
+    for name in sorted({r["recipe"]["name"] for r in runs}, key=lambda name: (name != BASELINE, name)):
+        mine = [r for r in runs if r["recipe"]["name"] == name]
+        paid = [_text(_paid(mine, "kinds", kind, how, "damage")) for kind in kinds for how in ("alone", "spared")]
+        worst = _worst(mine)
+        named = "; ".join(f"{_place(kind, at)} {_plain(spared)}" for spared, kind, at in worst)
+        decibels = "–"
+        if worst:
+            _, kind, at = worst[0]
+            both = [_mean(_dig(r["places"][kind][at]["sqnr"], (side,)) for r in mine) for side in ("sink", "non-sink")]
+            decibels = " / ".join(map(_figure, both)) if any(both) else "–"
+        rows.append([name, str(len(mine)), _text(_paid(mine, "all", "damage")), *paid, named or "–", decibels])
+    return [*header, "worst places: KL spared", "SQNR there, extreme / others"], rows
+
+
+def _paid(runs: list[Record], *keys: str) -> Mean | None:
+    """Over the seeds, of a figure that has an interval over sequences."""
+
+    def mean(record: Any) -> float | None:
+        for key in keys:
+            record = record.get(key, {})
+        return record[0] if record else None
+
+    return _mean(map(mean, runs))
+
+
+def _worst(runs: list[Record]) -> list[tuple[float, str, str]]:
+    """(KL spared, kind of site, place), the largest first."""
+    found = {(kind, at) for r in runs for kind, places in r["places"].items() for at in places}
+    spared = {place: _paid(runs, "places", *place, "spared", "kl") for place in found}
+    ranked = sorted((-mean.value, *place) for place, mean in spared.items() if mean is not None)
+    return [(-value, kind, at) for value, kind, at in ranked[:WORST]]
+
+
+def _place(kind: str, at: str) -> str:
+    """`3.mlp.down inputs`, `3.mlp.down weights`; of other sites the place says what it is."""
+    return f"{at} {kind}" if kind in ("inputs", "weights") else at
+
+
 # --- rendering -----------------------------------------------------------------------------------------------------
 
 INTRODUCTION = """# Leaderboard
@@ -295,7 +422,7 @@ EMPTY = "No results yet: `quantbench bench RECIPE` makes them."
 def render(results_root: Path, readme: Path | None = None) -> dict[Path, bytes]:
     """Every file made from the records, by path: README.md, leaderboard.csv, the figures of each track, and the
     project's README with its block replaced. ResultsError for unsound records, ValueError for a README without it."""
-    records = read_all(results_root)
+    records, sites = read_all(results_root), read_sites(results_root)
     tracks = sorted({r["track"]["name"] for r in records})
     boards = [board([r for r in records if r["track"]["name"] == track]) for track in tracks]
     related = relation.relate(records)
@@ -305,6 +432,11 @@ def render(results_root: Path, readme: Path | None = None) -> dict[Path, bytes]:
         pictures = _pictures(track, related[track.name])
         files |= {results_root / track.name / name: data for name, (data, _) in pictures.items()}
         sections.append(_section(track, related[track.name], {name: what for name, (_, what) in pictures.items()}))
+        for quantizer, runs in paying([r for r in sites if r["track"]["name"] == track.name], track.records).items():
+            picture = figures.propagation(runs, track.records)
+            if picture is not None:
+                files[results_root / track.name / f"sites-{quantizer}.svg"] = picture
+            sections.append(_sites_section(track, quantizer, runs, picture is not None))
     sections.append(_legend() if boards else f"{EMPTY}\n")
     files[results_root / "README.md"] = "\n".join(sections).encode()
     files[results_root / "leaderboard.csv"] = _csv(boards)
@@ -317,6 +449,7 @@ def write(results_root: Path, readme: Path | None = None) -> list[Path]:
     """Renders, writes what changed, removes figures that no longer are; returns the paths that changed."""
     files = render(results_root, readme)
     old = [*results_root.glob("*/relation-*.svg"), *results_root.glob("*/timeline.svg")]
+    old += [*results_root.glob("*/map.svg"), *results_root.glob("*/sites-*.svg")]
     gone = [path for path in old if path not in files]
     changed = [path for path, data in files.items() if not path.exists() or path.read_bytes() != data]
     for path in gone:
@@ -337,6 +470,10 @@ def _pictures(track: Board, related: dict[str, Any]) -> dict[str, tuple[bytes, s
             figures.relations(track.records, related),
             "Residual peak against KL under every quantizer, log-log",
         ),
+        "map.svg": (
+            figures.heat(*_heat(track)),
+            "Damage by recipe and cell of the map; numbers are KL ratios to the baseline, framed where they separate",
+        ),
         "timeline.svg": (
             figures.timeline(track.records),
             "Residual peak, attention to BOS and value drain over training steps, a line per recipe",
@@ -348,6 +485,9 @@ def _pictures(track: Board, related: dict[str, Any]) -> dict[str, tuple[bytes, s
 def _section(track: Board, related: dict[str, Any], pictures: dict[str, str]) -> str:
     parts = [f"## {_escape(track.title)} (`{track.name}`)", _markdown(main_table(track))]
     parts += ["### Damage under every quantizer", _markdown(damage_table(track))]
+    if maps := map_tables(track):
+        parts += ["### The map: scope of the ranges × residual stream × bits", MAP_LEGEND, separating(track)]
+        parts += [f"W{bits}A{bits}\n\n{_markdown(table)}" for bits, table in maps.items()]
     parts += ["### Full-precision quality and cost", _markdown(quality_table(track))]
     harness = harness_table(track)
     if harness[1]:
@@ -361,6 +501,17 @@ def _section(track: Board, related: dict[str, Any], pictures: dict[str, str]) ->
     return "\n\n".join(parts) + "\n"
 
 
+def _sites_section(track: Board, quantizer: str, runs: list[Record], pictured: bool) -> str:
+    parts = [f"### Which site pays (`{quantizer}`)", SITES_LEGEND, _markdown(sites_table(runs))]
+    if pictured:
+        what = f"Accumulated, local and interacting error of every block under {quantizer}, a line per recipe"
+        parts.append(f"![{what}]({track.name}/sites-{quantizer}.svg)")
+    return "\n\n".join(parts) + "\n"
+
+
+MAP_LEGEND = """Damage in nats per token, and in brackets the KL relative to the baseline's, paired over seeds; † \
+where its 95% interval leaves out 1 (Dunnett over the recipes of a cell; cells are not adjusted for one another). \
+*residual*: the residual stream is rounded after every sublayer, too. W4A4 weights come in groups of 64."""
 RELATION_LEGEND = f"""log KL(full ‖ quantized) on the log of the predictor, a point per run. ρ: Spearman, over all \
 runs; *within* recipes (their means removed); *given* the full-precision loss (partial). In brackets 95% limits of a \
 bootstrap over clusters of recipes that share a mitigation. Below {relation.FEWEST_RECIPES} recipes only ρ and the \

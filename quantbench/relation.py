@@ -17,6 +17,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
+from quantbench.catalog import POST_HOC
 from quantbench.results import BASELINE, Record, comparable
 
 if TYPE_CHECKING:
@@ -61,8 +62,12 @@ def point(record: Record, quantizer: str, predictor: str) -> tuple[float, float]
 
 
 def cluster(record: Record) -> str:
-    """The mitigation by which recipes are relatives: the first of its names (records sort them), or the baseline."""
-    return min(record["recipe"]["resolved"].get("mitigations") or {}, default=BASELINE)
+    """The mitigation by which recipes are relatives: the first of its names (records sort them), or the baseline.
+
+    Post-hoc mitigations make no relatives of their own: they share the checkpoints of what they build on.
+    """
+    named = set(record["recipe"]["resolved"].get("mitigations") or {}) - set(POST_HOC)
+    return min(named, default=BASELINE)
 
 
 def _figures(runs: list[Record], quantizer: str, predictor: str) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
     results/<track>/<recipe>/seed-<n>.json       the record: same inputs, same environment class -> same bytes
     results/<track>/<recipe>/seed-<n>.run.json   commit, date, timings of the run that wrote it; never compared
+    results/<track>/<recipe>/sites-<quantizer>-seed-<n>.json (+ .run.json)   what each site pays, likewise
 
 What is undefined is null, never NaN; losses are nats per token, damage and KL likewise, SQNR is in dB.
 The schema is the table of checks below. A file that breaks it is an integrity error (`ResultsError`): it names
@@ -24,7 +25,7 @@ T = TypeVar("T", str, tuple[str, str])
 
 SCHEMA = 1
 BASELINE = "baseline"
-PATH = re.compile(r"seed-(0|[1-9][0-9]{0,8})\.json")
+PATH = re.compile(r"(sites-.+-)?seed-(0|[1-9][0-9]{0,8})\.json")
 LARGEST = 1 << 26  # bytes; a record is some tens of kilobytes
 
 
@@ -123,22 +124,32 @@ def _point(value: Any, where: str) -> None:
     number(value[1], where)
 
 
+def _interval(value: Any, where: str) -> None:
+    sequence(value, where)
+    if len(value) != 3:
+        raise ResultsError(f"{where}: [mean, low, high] is needed, not {_short(value)}")
+    number(value[0], where)
+    _figure(value[1], where)
+    _figure(value[2], where)
+
+
 _figure = _or_null(number)
 _figures = _or_null(_each(_figure))
-_named = {"name": _name, "digest": text, "title": text}
+_named: dict[str, Any] = {"name": _name, "digest": text, "title": text}
 _exempted = _object(damage=_figure, kl=_figure)
-_quality = {"loss": _figure, "perplexity": _figure, "bits_per_byte": _figure, "lm_eval": _figures}
+_quality: dict[str, Any] = {"loss": _figure, "perplexity": _figure, "bits_per_byte": _figure, "lm_eval": _figures}
 
-_shape = _object(
-    schema=integer,
-    status=text,
-    reason=_or_null(text),
-    recipe=_object(**_named, resolved=_each(anything)),
-    track=_object(**_named, resolved=_each(anything)),
-    seed=integer,
-    data=text,
-    versions=_each(anything),
-    environment=_object(
+# What every record begins with.
+_head: dict[str, Any] = {
+    "schema": integer,
+    "status": text,
+    "reason": _or_null(text),
+    "recipe": _object(**_named, resolved=_each(anything)),
+    "track": _object(**_named, resolved=_each(anything)),
+    "seed": integer,
+    "data": text,
+    "versions": _each(anything),
+    "environment": _object(
         since=("statistics",),
         torch=text,
         bitsandbytes=_or_null(text),
@@ -147,6 +158,10 @@ _shape = _object(
         device=text,
         statistics=text,
     ),
+}
+
+_shape = _object(
+    **_head,
     cost=_object(parameters=integer, added_parameters=integer, flops_per_token=integer),
     training=_object(
         losses=_list(_point),
@@ -177,21 +192,45 @@ _shape = _object(
     ),
 )
 
+_estimated = _object(damage=_or_null(_interval), kl=_or_null(_interval))
+_paid: dict[str, Any] = {"alone": _estimated, "spared": _estimated}
+_propagated = _list(_object(total=_figure, accumulated=_figure, local=_figure, interaction=_figure))
+
+# What `quantbench sites` writes: what each place pays for being rounded, in the terms of sites.py.
+_sites = _object(
+    **_head,
+    quantizer=_object(name=_name, resolved=anything),
+    sequences=integer,
+    extreme=_or_null(_object(layer=integer, threshold=number, tokens=integer)),
+    all=_or_null(_estimated),
+    kinds=_each(_object(**_paid)),
+    places=_each(_each(_object(**_paid, sqnr=_or_null(_object(sink=_figure, non_sink=_figure))))),
+    propagation=_or_null(_object(all=_propagated, non_sink=_propagated)),
+)
+
 
 def validate(record: Any, where: str = "record") -> None:
     """ResultsError naming the first place at which this is no record."""
     mapping(record, where)
     if record.get("schema") != SCHEMA:
         raise ResultsError(f"{where}: schema {_short(record.get('schema'))} is unknown (this version reads {SCHEMA})")
-    _shape(record, where)
-    status, full = record["status"], record["full-precision"]
+    of_sites = "quantizer" in record
+    (_sites if of_sites else _shape)(record, where)
+    status = record["status"]
     if status not in ("finished", "diverged"):
         raise ResultsError(f"{where}.status: finished or diverged is needed, not {_short(status)}")
     if record["seed"] < 0:
         raise ResultsError(f"{where}.seed: {record['seed']} is below 0")
     if status == "diverged" and not record["reason"]:
         raise ResultsError(f"{where}.reason: a diverged run says why")
-    if status == "finished":
+    if status == "finished" and of_sites:
+        for name in ("extreme", "all", "propagation"):
+            if record[name] is None:
+                raise ResultsError(f"{where}.{name}: a finished run has it")
+        if record["kinds"].keys() != record["places"].keys():
+            raise ResultsError(f"{where}.places: its kinds of site are not those of {where}.kinds")
+    elif status == "finished":
+        full = record["full-precision"]
         if full is None or full["loss"] is None:
             raise ResultsError(f"{where}.full-precision.loss: a finished run has one")
         if rank_by(record) not in record["quantized"]:
@@ -224,7 +263,10 @@ def canonical(record: Record) -> bytes:
 def path_of(root: Path, record: Record) -> Path:
     """Where the record lives below the results folder."""
     track, recipe = check_name(record["track"]["name"], "track"), check_name(record["recipe"]["name"], "recipe")
-    return root / track / recipe / f"seed-{record['seed']}.json"
+    name = f"seed-{record['seed']}.json"
+    if "quantizer" in record:
+        name = f"sites-{check_name(record['quantizer']['name'], 'quantizer')}-{name}"
+    return root / track / recipe / name
 
 
 def read(path: Path) -> Record:
@@ -238,7 +280,7 @@ def read(path: Path) -> Record:
         if canonical(record) != data:
             raise ResultsError("not in canonical form: it was edited after it was written")
         if not PATH.fullmatch(path.name) or path_of(path.parents[2], record) != path:
-            raise ResultsError("its track, recipe and seed are not those of its path")
+            raise ResultsError("its track, recipe, seed or quantizer are not those of its path")
     except (ResultsError, ValueError, RecursionError) as error:
         raise ResultsError(f"{path}: {error}; restore it, or remove it and run its recipe again") from error
     return record
@@ -246,7 +288,16 @@ def read(path: Path) -> Record:
 
 def read_all(root: Path) -> list[Record]:
     """Every record below the results folder, by track, recipe and seed. ResultsError where one is not sound."""
-    paths = [path for path in root.glob("*/*/seed-*.json") if not path.name.endswith(".run.json")]
+    return _read_below(root, "seed-*.json")
+
+
+def read_sites(root: Path) -> list[Record]:
+    """What `quantbench sites` wrote below the results folder; as `read_all`."""
+    return sorted(_read_below(root, "sites-*.json"), key=lambda r: str(r["quantizer"]["name"]))
+
+
+def _read_below(root: Path, pattern: str) -> list[Record]:
+    paths = [path for path in root.glob(f"*/*/{pattern}") if not path.name.endswith(".run.json")]
     for path in paths:
         if not path.resolve().is_relative_to(root.resolve()):
             raise ResultsError(f"{path}: a link leads out of the results folder")
@@ -280,7 +331,8 @@ def write(
 
 def _inputs(record: Record) -> list[Any]:
     """What decides a record's numbers."""
-    return [record["recipe"]["digest"], *digests(record), record["versions"], record["environment"]]
+    measured = [record.get("quantizer"), record.get("sequences")]  # of `quantbench sites`
+    return [record["recipe"]["digest"], *digests(record), record["versions"], record["environment"], *measured]
 
 
 def _outputs(record: Record) -> Record:

@@ -234,7 +234,7 @@ def _fault(folder: Path, header: Json) -> str | None:
     if not _is_folder(folder):
         return "missing"
     try:
-        manifest = _read(folder / MANIFEST)
+        manifest = read_regular(folder / MANIFEST)
         content = json.loads(manifest)
         # Equal bytes after a round trip: no flipped bit of the manifest can hide in white space or a repeated key.
         if not isinstance(content, dict) or _canonical(content) != manifest:
@@ -254,7 +254,8 @@ def _fault(folder: Path, header: Json) -> str | None:
     return None
 
 
-def _read(path: Path) -> bytes:
+def read_regular(path: Path) -> bytes:
+    """The bytes of a file; FileNotFoundError for a link or a pipe."""
     with open(path, "rb", opener=_no_link) as file:
         return file.read()
 

@@ -22,6 +22,7 @@ from quantbench.bench import Job, experiment
 from quantbench.results import Record, rank_by, write
 from quantbench.store import Store
 
+Experiment = Callable[..., tuple[Record, Any] | None]  # as `bench.experiment`
 Report = Callable[[str, str, int, int, str], None]  # (job, stage, done, of, detail)
 
 
@@ -42,11 +43,17 @@ class Outcome:
 
 
 def sweep(
-    jobs: list[Job], store: Store, results: Path, workers: int, accept: bool, tell: Callable[[str], None]
+    jobs: list[Job],
+    store: Store,
+    results: Path,
+    workers: int,
+    accept: bool,
+    tell: Callable[[str], None],
+    function: Experiment = experiment,
 ) -> Outcome:
-    """Makes and writes every job's record."""
+    """Makes and writes the record that `function` gives of every job."""
     outcome = Outcome()
-    for job, done in each(experiment, jobs, store, workers):
+    for job, done in each(function, jobs, store, workers):
         if isinstance(done, str):
             outcome.failed[str(job)] = done
             print(f"quantbench: {job}: {done}", file=sys.stderr)
@@ -109,6 +116,9 @@ def _headline(record: Record) -> str:
     """One line of a finished record."""
     if record["status"] == "diverged":
         return f"diverged: {record['reason']}"
+    if "quantizer" in record:  # of `quantbench sites`
+        whole = record["all"]["kl"]
+        return f"KL under {record['quantizer']['name']} {'overflowed' if whole is None else f'{whole[0]:.4g} nats'}"
     ranking = rank_by(record)
     full, cost = record["full-precision"], record["quantized"][ranking]
     peak = full["metrics"].get("residual-peak", {}).get("value")

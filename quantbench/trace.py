@@ -14,13 +14,12 @@ from dataclasses import dataclass
 import torch
 from torch import Generator, Tensor, nn
 
-from quantbench.anatomy import Anatomy, Heads, anatomy
+from quantbench.anatomy import Anatomy, Heads, Prefixed, anatomy
+from quantbench.calibration import peak_layer
 from quantbench.catalog import entry_name, load
-from quantbench.metrics import Activations, Metric, Reading, finite, median
+from quantbench.metrics import Activations, Metric, Reading, finite
 
 Watcher = Callable[[Tensor], None]
-
-EXTREME = 3.0  # an extreme token's norm exceeds this many times the median
 
 
 def measure(
@@ -40,9 +39,15 @@ def observe(
 ) -> None:
     """Shows the metrics one pass a batch; as `measure`, for metrics with parameters of their own.
 
-    All sequences have one length, or ValueError: a figure of a position would mean nothing.
+    All sequences have one length, or ValueError: a figure of a position would mean nothing. Behind a cached prefix, a
+    metric of the attention sees the whole sequence, prefix included; any other sees what is behind it.
     """
     parts = anatomy(model) if parts is None else parts
+    if isinstance(model, Prefixed):
+        batches = list(batches)
+        if inside := _inside(metrics):
+            observe(model.inner, map(model.whole, batches), inside, parts)
+        metrics = [metric for metric in metrics if metric not in inside]
     length = None
     with full_precision(model), hooked(_wires(parts, metrics)):
         for ids_BT in batches:
@@ -101,13 +106,22 @@ def _hook(module: nn.Module, watch: Watcher, at_input: bool) -> torch.utils.hook
     return module.register_forward_pre_hook(before) if at_input else module.register_forward_hook(after)
 
 
+def _watching(metrics: Sequence[Metric], method: str) -> list[Metric]:
+    return [metric for metric in metrics if getattr(type(metric), method) is not getattr(Metric, method)]
+
+
+def _inside(metrics: Sequence[Metric]) -> list[Metric]:
+    """Those that look inside the attention."""
+    return list(dict.fromkeys(_watching(metrics, "attention") + _watching(metrics, "values")))
+
+
 def _wires(parts: Anatomy, metrics: Sequence[Metric]) -> list[tuple[nn.Module, Watcher, bool]]:
     """The places that some metric overrides, and what becomes of the tensors that pass there."""
 
     def watching(method: str) -> list[Metric]:
-        return [metric for metric in metrics if getattr(type(metric), method) is not getattr(Metric, method)]
+        return _watching(metrics, method)
 
-    inside = watching("attention") + watching("values")
+    inside = _inside(metrics)
     if inside and not parts.heads:
         names = ", ".join(sorted({entry_name("metrics", metric) for metric in inside}))
         raise ValueError(f"metrics {names}: this model shows nothing of its attention; leave them out of the track")
@@ -191,18 +205,21 @@ def peak_norms(model: nn.Module, ids_BT: Tensor, parts: Anatomy | None = None) -
 
 @dataclass(frozen=True)
 class ExtremeRule:
-    """Which tokens are extreme: the norm after block `layer` exceeds `threshold`. Position 0 always is.
+    """Which tokens are extreme: the norm after block `layer` exceeds `threshold`. Position 0 always is where it is BOS.
 
-    Masks are those of the residual stream: learned tokens in front of a sequence are positions too.
+    Masks are those of the residual stream: learned tokens in front of a sequence are positions too, a cached prefix
+    is none.
     """
 
     layer: int
     threshold: float
+    first: bool = True  # whether position 0 is BOS
 
     def of(self, hidden_BTD: Tensor) -> Tensor:
         """Bool [B, T] from the full-precision residual stream after block `layer`."""
         mask_BT = Activations(hidden_BTD).norms_BT > self.threshold
-        mask_BT[:, 0] = True
+        if self.first:
+            mask_BT[:, 0] = True
         return mask_BT
 
     def mask(self, model: nn.Module, ids_BT: Tensor, parts: Anatomy | None = None) -> Tensor:
@@ -216,20 +233,12 @@ def extreme_tokens(
 ) -> ExtremeRule:
     """The rule of a model: the layer of its residual peak on the calibration sequences, and 3 x the median there.
 
-    The layer has the largest max/median ratio of token norms, mean over sequences; the median is over all tokens.
     ValueError where no layer has one (no sequences, all norms zero, or the model overflows).
     """
     norms = [peak_norms(model, ids_BT, parts).double().cpu() for ids_BT in calibration_batches]
     if not norms:
         raise ValueError("extreme tokens: no calibration sequences; raise evaluate.calibration of the track")
-    norms_LNT = torch.cat(norms, 1)
-    medians_L = median(norms_LNT.flatten(1))
-    ratios_L = (norms_LNT.amax(-1) / median(norms_LNT)).mean(-1)
-    usable_L = ratios_L.isfinite() & (medians_L > 0)
-    if not usable_L.any():
-        raise ValueError("extreme tokens: the residual stream is zero or not finite; the model has diverged")
-    layer = int(ratios_L.where(usable_L, torch.zeros_like(ratios_L)).argmax())
-    return ExtremeRule(layer, EXTREME * float(medians_L[layer]))
+    return ExtremeRule(*peak_layer(torch.cat(norms, 1)), first=not isinstance(model, Prefixed))
 
 
 def random_mask(mask_BT: Tensor, generator: Generator) -> Tensor:

@@ -24,8 +24,13 @@ FURTHEST = 4  # steps of half a decade from the start
 def tune(
     name: str, recipe: Recipe, track_name: str, track: Track, store: Store, workers: int, tell: Callable[[str], None]
 ) -> dict[str, Any]:
-    """The sweep as a record: every point's loss (None: diverged or failed), and the best learning rate."""
+    """The sweep as a record: every point's loss (None: diverged or failed), and the best learning rate.
+
+    ValueError for a recipe that trains nothing of its own.
+    """
     assert SEED not in track.seeds
+    if recipe.mitigations and len(bench.post_hoc(recipe)) == len(recipe.mitigations):
+        raise ValueError(f"{name}: all it changes comes after pretraining; it states the learning rate of the baseline")
     # Another optimizer has another scale: it starts from what its YAML says, with five points instead of three.
     other = any("optimizer" in seams(mitigation) for mitigation in recipe.mitigations.values())  # type: ignore[arg-type]
     start, reach = (recipe.lr.get(track_name, track.lr), 2) if other else (track.lr, 1)

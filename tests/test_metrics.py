@@ -439,7 +439,7 @@ class Tiny(nn.Module):
 
     def parts(self, sites: bool = True) -> Anatomy:
         heads = [Heads(b.scores, b.weights, b.values, b.out) for b in self.blocks] if sites else []
-        return Anatomy(self.embed, list(self.blocks), self.head, heads)
+        return Anatomy(self.embed, self.embed, list(self.blocks), self.head, heads, {})
 
     def residuals(self, ids_BT: Tensor) -> list[Tensor]:
         """Independently of the trace: the residual stream after each block."""

@@ -3,6 +3,7 @@
 import copy
 import logging
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,13 +16,23 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from quantbench import catalog
-from quantbench.anatomy import anatomy
-from quantbench.calibration import Calibration, Exemption, spans
-from quantbench.ops.integers import dequantize, integer_matmul, pack_int4, quantize, scale_of, unpack_int4
+from quantbench.anatomy import HEADS, SITES, anatomy
+from quantbench.calibration import Calibration, Exemption, places, spans
+from quantbench.ops import outlier_stats
+from quantbench.ops.integers import dequantize, pack_int4, product, quantize, scale_of, unpack_int4
 from quantbench.ops.ranges import Span
-from quantbench.quantizers import IntegerLinear, LowBitLinear, Rounding, nearest, round_site, swap
-from quantbench.quantizers.bnb import BnbInt8, BnbInt8Linear, BnbNF4, BnbNF4Linear
-from quantbench.quantizers.llm_int8 import LLMInt8, MixedLinear
+from quantbench.quantizers import (
+    IntegerEmbedding,
+    IntegerLinear,
+    LowBitLinear,
+    RoundedLinear,
+    Rounding,
+    nearest,
+    round_site,
+    swap,
+)
+from quantbench.quantizers.bnb import Bnb4, Bnb4Linear, BnbInt8, BnbInt8Linear
+from quantbench.quantizers.llm_int8 import ElementLinear, LLMInt8, MixedLinear
 
 NF4 = [-1.0, -0.69619280, -0.52507305, -0.39491749, -0.28444138, -0.18477343, -0.09105004, 0.0]
 NF4 += [0.07958030, 0.16093020, 0.24611230, 0.33791524, 0.44070983, 0.56261700, 0.72295684, 1.0]  # arXiv:2305.14314
@@ -58,6 +69,11 @@ FIRST[:, 0] = True
 def calibration(exempt: Tensor | None = None) -> Calibration:
     halves = [None, None] if exempt is None else exempt.split(2)
     return Calibration(list(zip(IDS.split(2), halves, strict=True)))
+
+
+def decoder() -> nn.Module:
+    """Our own, of the same vocabulary."""
+    return ours(vocab_size=128)
 
 
 def with_sink() -> LlamaForCausalLM:
@@ -131,22 +147,22 @@ def test_nibbles_come_back():
     assert torch.equal(unpack_int4(packed), q)
 
 
-@pytest.mark.parametrize("width", [1, 64, 1024, 1025, 5000])
-def test_the_integer_product_is_exact(width: int):
+@pytest.mark.parametrize(("least", "top"), [(-128, 127), (-255, 255)])
+@pytest.mark.parametrize("width", [1, 64, 513, 1024, 1025, 5000])
+def test_the_integer_product_is_exact_up_to_one_rounding(width: int, least: int, top: int):
     generator = torch.Generator().manual_seed(width)
-    x = torch.randint(-128, 128, (2, 3, width), generator=generator, dtype=torch.int8)
-    w = torch.randint(-128, 128, (5, width), generator=generator, dtype=torch.int8)
-    x[0, 0], w[0], w[1] = -128, -128, 127  # the extremes of the sum
-    x[0, 1, ::2], x[0, 1, 1::2] = 127, 126  # all bits of the sum in play
-    y = integer_matmul(x, w)
-    assert y.dtype == torch.int32
-    assert torch.equal(y.long(), x.long() @ w.long().T)
+    x = torch.randint(least, top + 1, (2, 3, width), generator=generator)
+    w = torch.randint(-128, 128, (5, width), generator=generator)
+    x[0, 0], w[0], w[1] = least, -128, 127  # the extremes of the sum
+    x[0, 1, ::2], x[0, 1, 1::2] = top, top - 1  # all bits of the sum in play
+    y = product(x.float(), w.float(), -least * 128)
+    assert torch.equal(y, (x @ w.T).float())
 
 
 def test_the_integer_product_is_exact_under_autocast():
-    x, w = (torch.full((1, 999), 127, dtype=torch.int8) for _ in range(2))
+    x, w = (torch.full((1, 999), 127.0) for _ in range(2))
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert integer_matmul(x, w).item() == 999 * 127**2
+        assert product(x, w).item() == 999 * 127**2
 
 
 def test_rows_are_those_of_bitsandbytes():
@@ -283,6 +299,94 @@ def test_a_mask_of_other_positions_is_refused():
                 low(x)
 
 
+@pytest.mark.parametrize("scope", ["static", "token", "tensor"])
+@pytest.mark.parametrize(
+    ("weights", "group", "activations"), [(8, 0, 8), (8, 32, 6), (4, 64, 8), (4, 32, 4), (3, 0, 2), (5, 32, 7)]
+)
+def test_asymmetric_inputs_equal_a_naive_reference(weights: int, group: int, activations: int, scope: str):
+    """y = sum over groups of (q_x - z_x) q_W s_W s_x + bias, each of these made in float64 numpy."""
+    layer, x = linear(128, 48), gaussian(2, 7, 128, seed=9) + 0.8
+    x[1, 2], x[0, 3], x[0, 4] = 0.0, 1.5, -x[0, 4].abs()  # zeros, a constant, one-sided
+    span = Span(torch.tensor(-1.5), torch.tensor(3.0)) if scope == "static" else None
+    codes = nearest(layer.weight, weights, group)
+    low = IntegerLinear(layer, Exemption(), codes, weights, Rounding(activations, scope, span, symmetric=False))
+
+    x_MK, w_NK = x.double().flatten(0, 1).numpy(), layer.weight.double().numpy()
+    ends = {"static": (-1.5, 3.0), "tensor": (x_MK.min(), x_MK.max())}.get(
+        scope, (x_MK.min(1, keepdims=True), x_MK.max(1, keepdims=True))
+    )
+    floor, top = -(2 ** (activations - 1)), 2 ** (activations - 1) - 1
+    scale = (np.maximum(ends[1], 0) - np.minimum(ends[0], 0)) / (top - floor)
+    scale = np.where(scale == 0, 1.0, scale)
+    zero = np.clip(floor - np.rint(np.minimum(ends[0], 0) / scale), floor, top)
+    q_MK = np.clip(np.rint(x_MK / scale) + zero, floor, top)
+    got_q, got_scale, got_zero = low.rounding.integers(x, x)
+    assert np.array_equal(got_q.flatten(0, 1).numpy(), q_MK)
+    assert np.array_equal(got_zero.double().numpy().reshape(zero.shape), zero)
+
+    y_MN = np.zeros((14, 48))
+    for start in range(0, 128, group or 128):
+        part = slice(start, start + (group or 128))
+        most = 2 ** (weights - 1) - 1
+        w_scale = np.abs(w_NK[:, part]).max(1, keepdims=True) / most
+        y_MN += (q_MK - zero)[:, part] @ np.clip(np.rint(w_NK[:, part] / w_scale), -most, most).T * w_scale.T
+    expected = torch.from_numpy(y_MN * scale + layer.bias.double().numpy()).view(2, 7, 48)
+    assert error(low(x).double(), expected) < 1e-6
+
+    # Of the integers themselves float32 is exact: what is left are the products with the scales, in this order.
+    exact = torch.zeros(2, 7, 48)
+    for g, w_scale_N in enumerate(codes.scale_NG.unbind(-1)):
+        part = slice(g * (group or 128), (g + 1) * (group or 128))
+        sums = (got_q.long() - got_zero.long())[..., part] @ codes.q_NK.long()[:, part].T
+        exact += sums.float() * w_scale_N
+    assert torch.equal(low(x), exact * got_scale + layer.bias)
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("inputs", [520, 1100, 3000])
+def test_wide_sums_are_rounded_once(inputs: int, symmetric: bool):
+    layer, x = linear(inputs, 8, bias=False), gaussian(3, inputs, seed=5) + 1
+    low = IntegerLinear(layer, Exemption(), nearest(layer.weight, 8), 8, Rounding(8, "token", symmetric=symmetric))
+    q, scale, zero = low.rounding.integers(x, x)
+    sums = (q.long() - (0 if zero is None else zero.long())) @ low.q_NK().long().T
+    assert torch.equal(low(x), sums.float() * low.scale_NG.T * scale)
+
+
+def test_weights_in_full_precision_meet_rounded_inputs():
+    layer, x = linear(), gaussian(3, 5, 64)
+    rounding = Rounding(4, "token")
+    low = RoundedLinear(layer, Exemption(), rounding)
+    assert torch.equal(low(x), F.linear(rounding(x, x), layer.weight, layer.bias))
+    assert torch.equal(low.dequantized_NK(), layer.weight)
+    assert low.stored_bits() == layer.weight.numel() * 32
+    model = llama()
+    report = quantizer("w8a8-token", weights=16).quantize(model, calibration())
+    assert report["bits-per-weight"] == 32
+    assert isinstance(model.model.layers[0].mlp.up_proj, RoundedLinear)
+    assert 0 < error(logits(model), logits(llama())) < 0.03
+
+
+@pytest.mark.parametrize("weights", [4, 8])
+def test_what_is_kept_for_speed_is_neither_saved_nor_stale(weights: int):
+    low, other, x = low_bit(linear(), weights, 32, 8), low_bit(linear(seed=7), weights, 32, 8), gaussian(2, 5, 64)
+    before, bits = set(low.state_dict()), low.stored_bits()
+    with torch.inference_mode():
+        first = low(x)
+    assert torch.equal(low(x), first)
+    assert set(low.state_dict()) == before
+    assert low.stored_bits() == bits
+    twin = copy.deepcopy(low)
+    assert torch.equal(twin(x), first)
+    low.load_state_dict(other.state_dict())
+    assert torch.equal(low(x), other(x))
+    assert torch.equal(copy.deepcopy(low)(x), other(x))
+    assert torch.equal(twin(x), first)
+    low.weight.zero_()
+    assert torch.equal(low(x), low.bias.expand(2, 5, -1))
+    assert twin.to("meta").float_NK().device.type == "meta"
+    assert torch.equal(other.double().float()(x), low_bit(linear(seed=7), weights, 32, 8)(x))
+
+
 # --- whole models ---------------------------------------------------------------------------------------------------
 
 
@@ -295,7 +399,7 @@ def needs_heads(entry: object) -> bool:
 def test_every_entry_quantizes_a_model(name: str):
     entry, model = quantizer(name), llama()
     if needs_heads(entry):
-        model = ours(vocab_size=128)
+        model = decoder()
     full, before = logits(model), copy.deepcopy(model.state_dict())
     parts = anatomy(model)
     modules = [(layer, name.partition(".")[2]) for name, (layer, _) in parts.linears().items()]
@@ -306,7 +410,7 @@ def test_every_entry_quantizes_a_model(name: str):
     assert 0 < error(got, full) < most
     assert got.dtype == torch.float32
     assert report["share-of-weights"] == 1.0
-    assert 4 < report["bits-per-weight"] < 9
+    assert 4 < report["bits-per-weight"] < (41 if name == "llm-int8-elementwise" else 9)
     assert all(type(value) is float for value in report.values())
     assert all(isinstance(parts.blocks[layer].get_submodule(path), LowBitLinear) for layer, path in modules)
     assert not model.training
@@ -383,6 +487,114 @@ def test_the_residual_is_rounded_but_for_exempt_positions():
     assert len(exempt[:, 0].unique()) > 50  # of the 64 values of the one token id there
 
 
+def pass_by(model: nn.Module, modules: dict[str, nn.Module], inputs: bool = False) -> dict[str, Tensor]:
+    """What passes these places, after whatever rounds it there."""
+    seen: dict[str, Tensor] = {}
+
+    def watch(place: str) -> Any:
+        def hook(module: nn.Module, args: Any, output: Any = None) -> None:
+            seen[place] = args[0] if inputs else output[0] if isinstance(output, tuple) else output
+
+        return hook
+
+    hooks = [
+        module.register_forward_pre_hook(watch(place)) if inputs else module.register_forward_hook(watch(place))
+        for place, module in modules.items()
+    ]
+    logits(model)
+    for hook in hooks:
+        hook.remove()
+    return seen
+
+
+@pytest.mark.parametrize("bits", [3, 8])
+@pytest.mark.parametrize("scope", ["static", "token", "tensor"])
+@pytest.mark.parametrize(("build", "sites"), [(decoder, SITES[1:]), (llama, ("residual", "norms", "keys", "values"))])
+def test_every_site_is_rounded_where_it_passes(build: Any, sites: tuple[str, ...], scope: str, bits: int):
+    for site in sites:
+        model = build()
+        before = pass_by(model, places(anatomy(model), site))
+        quantizer(f"w8a8-{scope}", weights=16, activations=bits, sites=(site,), symmetric=False).quantize(
+            model, calibration()
+        )
+        assert not any(isinstance(module, LowBitLinear) for module in model.modules())
+        after = pass_by(model, places(anatomy(model), site))
+        assert before.keys() == after.keys()
+        for place, x in after.items():
+            rows = x.flatten(0, -2) if scope == "token" else x.flatten().unsqueeze(0)
+            if site in ("scores", "probabilities") and scope != "static":
+                rows = x.tril().flatten(0, -2) if scope == "token" else x.tril().flatten().unsqueeze(0)
+            assert max(len(row.unique()) for row in rows) <= 2**bits, place
+            if before[place].unique().numel() > 256:
+                assert not torch.equal(x, before[place])
+
+
+@pytest.mark.parametrize("site", ["scores", "probabilities", "products"])
+def test_a_site_that_a_model_does_not_show_is_refused_in_a_line(site: str):
+    model, before = llama(), logits(llama())
+    for scope in ("static", "token"):
+        with pytest.raises(ValueError, match=rf"^this model does not show its {site}: leave the site out [^\n]*$"):
+            quantizer(f"w8a8-{scope}", sites=("inputs", site)).quantize(model, calibration())
+    assert torch.equal(logits(model), before)  # nothing was changed before
+
+
+@pytest.mark.parametrize("build", [decoder, llama])
+@pytest.mark.parametrize("bits", [3, 8])
+def test_embeddings_and_head_at_the_bits_of_the_weights(build: Any, bits: int):
+    model, exact = build(), build()
+    plain = copy.deepcopy(model)
+    quantizer("w8a8-token", weights=bits).quantize(plain, calibration())
+    quantizer("w8a8-token", weights=bits, sites=("inputs", "embeddings", "head")).quantize(model, calibration())
+    parts = anatomy(model)
+    assert isinstance(parts.table, IntegerEmbedding)
+    assert isinstance(parts.head, IntegerLinear)
+    assert parts.head.rounding is None
+    rows = anatomy(exact).table.weight
+    codes = nearest(rows, bits)
+    assert torch.equal(parts.table(IDS), dequantize(codes.q_NK, codes.scale_NG)[IDS])
+    assert torch.equal(parts.head.dequantized_NK(), nearest(anatomy(exact).head.weight, bits).dequantized_NK())
+    assert 0 < error(logits(model), logits(plain)) < (0.05 if bits == 8 else 0.8)
+
+
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_more_bits_of_everything_hurt_less(bits: int):
+    everything = ("inputs", *SITES[1:], "embeddings", "head")
+
+    def damage(bits: int) -> float:
+        model = decoder()
+        full = logits(model)
+        quantizer("w8a8-static", weights=bits, activations=bits, sites=everything).quantize(model, calibration())
+        return error(logits(model), full)
+
+    assert 0 < damage(bits) < (1.2 * damage(bits - 1) if bits > 3 else 3)
+
+
+@pytest.mark.parametrize("name", [n for n in catalog.names("quantizers") if n[:3] in ("w8a", "w6a", "w4a", "llm")])
+def test_a_model_that_carries_nothing_is_quantized(name: str):
+    """Zero embeddings: every range is empty, no site has an outlier."""
+    model = decoder()
+    model.embed.weight.data.zero_()
+    report = quantizer(name).quantize(model, calibration())
+    assert not logits(model).any()
+    assert all(math.isfinite(value) for value in report.values())
+
+
+def test_a_copy_of_a_quantized_model_is_one():
+    model, data = decoder(), calibration()
+    everything = ("inputs", "residual", "norms", *HEADS)
+    quantizer("w8a8-static", sites=everything, symmetric=False).quantize(model, data)
+    before, twin = logits(model), copy.deepcopy(model)
+    assert torch.equal(logits(twin), before)
+    with data.exemption.of(FIRST):
+        assert torch.equal(logits(twin), logits(model))
+        assert not torch.equal(logits(twin), before)
+    for module in twin.modules():
+        if isinstance(module, Rounding):
+            module.static_scale *= 30
+    assert torch.equal(logits(model), before)
+    assert error(logits(twin), before) > 0.2
+
+
 class Pair(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, str]:
         return x, "weights"
@@ -422,7 +634,7 @@ def test_a_quantized_model_is_not_quantized_again():
     [
         (quantizer("w4a16-rtn"), [64, 100], "group: 64 .* 100"),
         (quantizer("w4a4-token", group=0), [64, 33], "33 is odd"),
-        (BnbNF4(), [64, 96], "64 .* 96"),
+        (Bnb4(), [64, 96], "bnb-nf4: .*64 .* 96"),
         (quantizer("w8a8-token", weights=9), [], "weights: 9"),
         (quantizer("w8a8-token", weights=16, activations=16), [], "nothing is quantized"),
         (quantizer("w4a16-rtn", sites=("inputs", "residual")), [], "sites: inputs, residual need activations"),
@@ -431,7 +643,8 @@ def test_a_quantized_model_is_not_quantized_again():
         (quantizer("w8a8-token", symmetric_weights=False), [], "symmetric-weights: false needs inputs"),
         (quantizer("w8a8-token", rule="mse"), [], "rule: mse sets static ranges"),
         (quantizer("w8a8-static", rule="percentile", percent=30.0), [], "percent: 30"),
-        (LLMInt8(threshold=0.0), [], "threshold"),
+        (LLMInt8(threshold=-1.0), [], "threshold: -1"),
+        (LLMInt8(threshold=math.nan), [], "threshold: nan"),
         (LLMInt8(share=2.0), [], "share: 2"),
         (BnbInt8(threshold=math.nan), [], "threshold"),
     ],
@@ -490,6 +703,87 @@ def test_its_integers_do_not_depend_on_the_batch():
     torch.testing.assert_close(mixed(x)[1:], torch.cat([mixed(s[None]) for s in x])[1:], rtol=1e-6, atol=1e-5)
 
 
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("kind", ["columns", "elements", "off"])
+def test_a_token_is_the_same_in_any_company(kind: str, seed: int):
+    generator, layer = torch.Generator().manual_seed(seed), linear(seed=seed)
+    x = gaussian(40, 64, seed=seed) * 2
+    x[7] *= 1000  # a loud neighbour
+    x[9, 3] = math.inf
+    x[11, 3] = math.nan
+    skip = torch.rand(64, generator=generator) < 0.2 if kind == "columns" else None
+    threshold = 0.0 if kind == "off" else 3.0
+    low: LowBitLinear = MixedLinear(layer, Exemption(), torch.zeros(64, dtype=torch.bool) if skip is None else skip)
+    if kind == "elements":
+        low = ElementLinear(layer, Exemption(), threshold)
+    every = outlier_stats(x, threshold, skip_columns=skip, quantize=True)
+    y = low(x[None])[0]
+    for _ in range(8):
+        some = torch.randperm(40, generator=generator)[: int(torch.randint(1, 40, (), generator=generator))]
+        found = outlier_stats(x[some], threshold, skip_columns=skip, quantize=True)
+        assert torch.equal(found.q, every.q[some])
+        assert torch.equal(found.row_scale.nan_to_num(-1), every.row_scale[some].nan_to_num(-1))
+        got = low(x[some][None])[0]
+        torch.testing.assert_close(got, y[some], rtol=1e-6, atol=1e-4, equal_nan=True)
+        if kind == "off":
+            assert torch.equal(got.nan_to_num(-1), y[some].nan_to_num(-1))
+    assert y[11].isnan().all()
+    assert y[[i for i in range(40) if i not in (9, 11)]].isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_outlier_elements_are_exact_and_the_rest_is_per_token(dtype: torch.dtype):
+    layer, x = linear(), (gaussian(2, 5, 64) * 2).to(dtype)
+    x[0, 0, :3] = torch.tensor([50.0, -80.0, 6.1875], dtype=dtype)  # bf16 holds 6.1875; 6.2 would become that
+    threshold = 6.2
+    out = x.float().abs() >= threshold
+    assert not out[0, 0, 2]
+    assert 2 <= out.sum() < 40
+    low = ElementLinear(layer, Exemption(), threshold)
+    kept, rest = x.double().where(out, 0.0), x.double().masked_fill(out, 0.0)
+    expected = naive(layer, rest, 8, 0, 8, "token", 0.0) + kept @ layer.weight.double().T
+    assert error(low(x).double(), expected) < (1e-6 if dtype == torch.float32 else 5e-3)
+    assert low.stored_bits() == low.rest.stored_bits() + 32 * 64 * 48
+    nothing = ElementLinear(layer, Exemption(), 0.0)
+    torch.testing.assert_close(nothing(x.float()), low_bit(layer, 8, 0, 8)(x.float()), rtol=1e-5, atol=1e-5)
+
+
+def test_the_report_counts_what_is_kept():
+    def loud() -> LlamaForCausalLM:
+        model = llama()
+        for block in model.model.layers:
+            block.input_layernorm.weight.data[5] = 100.0
+            for quiet in (block.self_attn.v_proj, block.mlp.up_proj):  # whose outputs are inputs, too
+                quiet.weight.data *= 0.01
+        return model
+
+    reports = {n: quantizer(n).quantize(loud(), calibration()) for n in catalog.names("quantizers") if "llm-" in n}
+    assert len(reports) == 5
+    inputs, weights = 2 * (4 * 64 + 2 * 64 + 128), 2 * (4 * 64 * 64 + 3 * 64 * 128)
+    plain = reports["llm-int8"]
+    assert plain["columns-kept"] == pytest.approx(6 / inputs)  # q, k and v of two blocks
+    assert plain["weights-kept"] == pytest.approx(6 * 64 / weights)
+    assert plain["tokens-with-outliers"] == pytest.approx(6 / 14, abs=0.02)
+    off = reports["llm-int8-off"]
+    assert off["columns-kept"] == off["weights-kept"] == off["tokens-with-outliers"] == 0
+    for name in ("columns-kept", "weights-kept", "tokens-with-outliers"):
+        assert reports["llm-int8-3"][name] >= plain[name] >= reports["llm-int8-10"][name] > 0
+    by_element = reports["llm-int8-elementwise"]
+    assert by_element["columns-kept"] == 0
+    assert by_element["weights-kept"] == 1
+    assert by_element["tokens-with-outliers"] == plain["tokens-with-outliers"]
+    assert by_element["elements-kept"] == pytest.approx(6 / inputs, abs=0.001)
+    assert by_element["bits-per-weight"] > 40
+    assert "elements-kept" not in plain
+
+
+def test_off_is_int8_per_token():
+    off, token = llama(), llama()
+    quantizer("llm-int8-off").quantize(off, calibration())
+    quantizer("w8a8-token").quantize(token, calibration())
+    assert error(logits(off), logits(token)) < error(logits(token), logits(llama())) / 10  # x (127 / s), x / (s / 127)
+
+
 # --- bitsandbytes ---------------------------------------------------------------------------------------------------
 
 
@@ -502,7 +796,7 @@ def nf4(weight: Tensor) -> Tensor:
 
 def test_nf4_is_nearest_of_16_levels_with_the_known_error():
     layer = linear(256, 128)
-    low = BnbNF4Linear(layer, Exemption())
+    low = Bnb4Linear(layer, Exemption(), "nf4")
     assert error(low.dequantized_NK(), layer.weight) == pytest.approx(0.092, abs=0.003)
     torch.testing.assert_close(low.dequantized_NK(), nf4(layer.weight), rtol=0, atol=1e-6)
     assert low.stored_bits() / layer.weight.numel() == 4.5
@@ -512,7 +806,7 @@ def test_nf4_is_nearest_of_16_levels_with_the_known_error():
 def test_nf4_computes_in_float32_and_leaves_its_weights_alone(outputs: int):
     """The in-place repacking for AVX512-BF16, which needs outputs in multiples of 32, is off."""
     layer, x = linear(64, outputs), gaussian(2, 5, 64)
-    low = BnbNF4Linear(layer, Exemption())
+    low = Bnb4Linear(layer, Exemption(), "nf4")
     before = low.inner.weight.data.clone()
     assert error(low(x), F.linear(x, low.dequantized_NK(), layer.bias)) < 1e-6
     assert torch.equal(low.inner.weight.data, before)
@@ -521,7 +815,7 @@ def test_nf4_computes_in_float32_and_leaves_its_weights_alone(outputs: int):
 
 def test_nf4_names_the_layer_it_cannot_take():
     with pytest.raises(ValueError, match=r"0\.mlp\.down_proj: .*96"):
-        BnbNF4().quantize(llama(intermediate_size=96), calibration())
+        Bnb4().quantize(llama(intermediate_size=96), calibration())
 
 
 def test_bnb_int8_is_close_to_ours_without_outliers():

@@ -412,7 +412,7 @@ TRACKS: list[tuple[int, str, str, str]] = [
     (3, "quantizers: {llm-int-8: {}}", "3:14", "did you mean 'llm-int8'?"),
     (3, "quantizers: [w8a8-static]", "3:13", "'quantizers' must be a mapping, not a list"),
     (3, "quantizers: w8a8-static", "3:13", "'quantizers' must be a mapping"),
-    (3, "quantizers: {zzzz: {}}", "3:14", "quantizers has no 'zzzz'; known: bnb-int8"),
+    (3, "quantizers: {zzzz: {}}", "3:14", "quantizers has no 'zzzz'; known: bnb-fp4"),
     (
         3,
         "quantizers:\n  w8a8-static: {}\n  llm-int8: []",

@@ -103,6 +103,8 @@ def test_relatives_are_one_cluster_and_widen_the_interval() -> None:
     assert (alone["clusters"], related["clusters"]) == (17, 6)
     assert alone["rho"]["estimate"] == related["rho"]["estimate"]
     assert relation.cluster(synthetic("relu-attn-sgd", mitigations=("sgd", "relu-attention"))) == "relu-attention"
+    assert relation.cluster(synthetic("relu-hadamard", mitigations=("hadamard", "relu-attention"))) == "relu-attention"
+    assert relation.cluster(synthetic("prefix-kv", mitigations=("prefix-kv",))) == "baseline"
     assert relation.cluster(synthetic("baseline-low-lr")) == "baseline"
 
 

@@ -1,10 +1,13 @@
 """Models and tracks small enough for tests, and every mitigation there is."""
 
+import sys
 from collections.abc import Mapping
 from dataclasses import asdict
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -19,7 +22,10 @@ Mitigations = dict[str, dict[str, Any]]
 ROOT = Path(__file__).parents[1]
 VOCAB = 67  # Bigram-Backcopy's
 
+PEERS = ROOT / ".venv" / "peers"  # hqq and torchao
+
 torch.set_num_threads(1)
+sys.path.append(str(PEERS))  # transformers, which would import them into every process, has looked by now
 
 
 def _resolved(mitigations: Mapping[str, object]) -> Mitigations:
@@ -51,7 +57,10 @@ def model(mitigations: Mitigations | None = None, seed: int = 0, **changes: Any)
 
 
 def quantizer(name: str, **changes: Any) -> Any:
-    """An entry under its name in the catalog."""
+    """An entry under its name in the catalog; the test is skipped where its package is missing."""
+    package = {"w4a16-hqq": "hqq", "torchao-int8dyn": "torchao"}.get(name)
+    if package and not find_spec(package):
+        pytest.skip(f"{package} is not installed: `make setup` puts it into .venv/peers")
     return catalog.load("quantizers", name)(**catalog.preset("quantizers", name) | changes)
 
 

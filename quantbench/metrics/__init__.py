@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from quantbench.ops import OutlierStats, outlier_stats
+from quantbench.ops import median as median
 
 
 @dataclass(frozen=True)
@@ -117,12 +118,6 @@ class LayerMean:
 def finite(number: float | None) -> float | None:
     """The number, or None where it is NaN or infinite."""
     return number if number is not None and math.isfinite(number) else None
-
-
-def median(x: Tensor) -> Tensor:
-    """The median over the last axis: the mean of the two middle ones where their number is even."""
-    ordered, count = x.sort(dim=-1).values, x.shape[-1]
-    return (ordered[..., (count - 1) // 2] + ordered[..., count // 2]) / 2
 
 
 def largest(per_layer: Sequence[float | None]) -> tuple[float | None, int | None]:

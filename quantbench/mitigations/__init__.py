@@ -1,7 +1,8 @@
-"""What a recipe changes about pretraining. One file, one mitigation; this file is the contract and the baseline.
+"""What a recipe changes about a model. One file, one mitigation; this file is the contract and the baseline.
 
 A mitigation is a frozen dataclass of parameters and the seams it overrides. A seam that builds a part of the
-model gets the model's config and returns a module. Two mitigations combine where they override different seams.
+model gets the model's config and returns a module; `prepare`, which comes after training, gets the model itself. Two
+mitigations combine where they override different seams.
 
 | seam | what it decides | what will take it |
 |---|---|---|
@@ -16,7 +17,8 @@ model gets the model's config and returns a module. Two mitigations combine wher
 | `penalty` | a term of the training loss, left out of every loss that is logged or tuned on | peak-penalty |
 | `prepare` | after training, before quantizing | prefix-kv, smoothquant, hadamard, percentile-clip |
 
-`prepare` is no part of a checkpoint's key, so that post-hoc mitigations share the baseline's checkpoints.
+`prepare` is no part of a checkpoint's key, so that post-hoc mitigations share the checkpoints of what they build on:
+the baseline's, or those of the pretraining mitigations that the same YAML names.
 kv-bias is a form (`weights`): it appends its column inside `attend`, never in the cache. value-gate's form that
 gates the source token scales the values inside `weights`, too. Bundles (osp) are only a YAML.
 
@@ -25,7 +27,7 @@ Shapes: B sequences, T tokens, D residual features, H heads, E features of a hea
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
@@ -35,7 +37,7 @@ from torch import Tensor, nn
 from quantbench.attention import Form, Softmax
 
 if TYPE_CHECKING:
-    from quantbench.calibration import Calibration
+    from quantbench.calibration import Calibration, Rule
     from quantbench.model import QuantbenchConfig
 
 
@@ -129,6 +131,10 @@ class Mitigation:
         return None
 
     def prepare(self, model: nn.Module, calibration: Calibration) -> Prepared:
+        """What is judged in full precision and then quantized. May change the model, which nobody else holds.
+
+        ValueError where the model has no place for it ("not applicable: ...").
+        """
         return Prepared(model)
 
 
@@ -136,11 +142,12 @@ class Mitigation:
 class Prepared:
     """What a post-hoc mitigation hands to the quantizer."""
 
-    model: nn.Module
-    prefix: Tensor | None = None  # ids whose keys and values stand in the cache in full precision, [R]
-    exempt: Sequence[int] = ()  # positions that stay in full precision and out of the calibration
-    range_rule: str = "absmax"  # how a static range follows from the calibration
+    model: nn.Module  # it, or an `anatomy.Prefixed` around it
+    rule: Rule | None = None  # how a static range follows from the calibration; None: as the quantizer says
+    percent: float = 100.0  # of the values, under the rule `percentile`
 
+
+SAME = 1e-3  # relative error of logits that rounding may explain
 
 SEAMS = (
     "inputs",
@@ -179,6 +186,24 @@ def by_shape(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
     """Parameters that are matrices, and the others (gains, biases, scalars)."""
     parameters = list(model.parameters())
     return [p for p in parameters if p.ndim >= 2], [p for p in parameters if p.ndim < 2]
+
+
+@torch.no_grad()
+def rewrite(name: str, model: nn.Module, calibration: Calibration, change: Callable[[], None]) -> None:
+    """Changes a model in place into another form of the same function: `change` must leave its logits as they are.
+
+    ValueError where it does not: the model has a part that reads or writes its stream unknown to `anatomy`.
+    """
+    device = next(model.parameters()).device
+    ids_BT = calibration.batches[0][0].to(device)
+    before = model.eval()(ids_BT).logits.double()
+    change()
+    error = float((model(ids_BT).logits.double() - before).norm() / before.norm())
+    if not error < SAME:
+        raise ValueError(
+            f"{name}: not applicable: rewritten, this model computes something else (logits change by {error:.1%}); "
+            "some part of it reads or writes the residual stream in a way of its own"
+        )
 
 
 def seams(mitigation: Mitigation) -> list[str]:

@@ -14,7 +14,7 @@ Shapes: M rows, K input features, N output features; `...` any leading axes.
 import torch
 from torch import Tensor
 
-EXACT_WIDTH = 2**24 // 128**2  # |q| <= 128: the sum of so many products is at most 2^24, exact in float32
+EXACT = 2**24  # float32 holds every integer up to it
 
 
 def qmax(bits: int) -> int:
@@ -43,19 +43,30 @@ def steps(low: Tensor, high: Tensor, bits: int, symmetric: bool) -> tuple[Tensor
     lowest, top = limits(bits, symmetric)
     scale = (high.float() - low.float()) / (top - lowest)
     scale = scale.masked_fill(scale == 0, 1.0)
-    return scale, (lowest - (low.float() / scale).round()).clamp(lowest, top)
+    zero = (lowest - (low.float() / scale).round()).clamp(lowest, top)
+    return scale, zero.nan_to_num(0.0)  # int8 has no NaN: where the range does, the scale carries it
 
 
-def quantize(x: Tensor, scale: Tensor, bits: int, zero: Tensor | None = None) -> Tensor:
-    """int8 integers of x; scale and zero broadcast against it. NaN becomes 0 (int8 has none; the scale may carry it).
+def offsets(x: Tensor, scale: Tensor, bits: int, zero: Tensor | None = None) -> Tensor:
+    """q - zero, what the scale is multiplied by, as float32; scale and zero broadcast against x. NaN becomes 0.
 
     Without `zero` the code is symmetric.
     """
     lowest, top = limits(bits, zero is None)
     q = x.float().div(scale).round_()
-    if zero is not None:
-        q = q.add_(zero)
-    return q.clamp_(lowest, top).nan_to_num_(0.0).to(torch.int8)
+    if zero is None:
+        q.clamp_(lowest, top)
+    elif zero.numel() == 1 and zero.device.type == "cpu":
+        q.clamp_(lowest - zero.item(), top - zero.item())
+    else:
+        q.add_(zero).clamp_(lowest, top).sub_(zero)  # torch clamps to tensors slowly
+    return q.nan_to_num_(0.0)
+
+
+def quantize(x: Tensor, scale: Tensor, bits: int, zero: Tensor | None = None) -> Tensor:
+    """int8 integers of x, as `offsets`. NaN becomes what stands for 0 (int8 has none; the scale may carry it)."""
+    q = offsets(x, scale, bits, zero)
+    return (q if zero is None else q.add_(zero)).to(torch.int8)
 
 
 def dequantize(q: Tensor, scale: Tensor, zero: Tensor | None = None) -> Tensor:
@@ -76,17 +87,20 @@ def unpack_int4(packed: Tensor) -> Tensor:
     return (nibbles ^ 8).view(torch.int8) - 8  # sign extension
 
 
-def integer_matmul(x: Tensor, w: Tensor) -> Tensor:
-    """x @ w.T of int8 integers, exactly: [..., K], [N, K] -> int32 [..., N].
+def product(x: Tensor, w: Tensor, largest: int = 128**2) -> Tensor:
+    """x @ w.T of integers held as float32, rounded to float32 once: [..., K], [N, K] -> [..., N].
 
-    CPUs and GPUs alike multiply float32 matrices fast, and float32 holds every integer up to 2^24: so K is cut into
-    parts of at most 1,024, and the parts are summed as int32. TF32 and bf16 products of int8 values are exact as well.
+    `largest`: what no |x w| exceeds. CPUs and GPUs alike multiply float32 matrices fast, and exactly as long as no sum
+    exceeds 2^24: so K is cut into parts, and their sums are added as int32. TF32 and bf16 hold integers up to 2^8
+    exactly, and their products are summed as float32, so that the result is the same.
     """
-    assert x.dtype == w.dtype == torch.int8, (x.dtype, w.dtype)
-    assert x.shape[-1] * 128**2 < 2**31, "an int32 could overflow"
+    K = x.shape[-1]
+    assert K * largest < 2**31, "an int32 could overflow"
     with torch.autocast(x.device.type, enabled=False):  # it would round the sums to bf16
-        parts = zip(x.split(EXACT_WIDTH, -1), w.split(EXACT_WIDTH, -1), strict=True)
-        first, *rest = ((a.float() @ b.float().T).to(torch.int32) for a, b in parts)
+        if K * largest <= EXACT:
+            return x @ w.T
+        parts = zip(x.split(EXACT // largest, -1), w.split(EXACT // largest, -1), strict=True)
+        first, *rest = ((a @ b.T).to(torch.int32) for a, b in parts)
         for part in rest:
             first += part
-        return first
+        return first.float()

@@ -4,16 +4,16 @@
             concerns a group at its end; what concerns a column stays in registers, and is stored once a program.
     finish  maxima and counts over the programs; moments of the groups, pooled in float64.
 
-A row wider than a tile (`WIDEST`) is cut into strips: `merge_strips` then joins what they say of the row, and the
-integers, whose scale is not known before, take a second sweep. More than `POOLED` groups are pooled in two steps.
+A row wider than a tile is cut into strips: `merge_strips` then joins what they say of the row, and the integers, whose
+scale is not known before, take a second sweep. More than `POOLED` groups are pooled in two steps.
 
-The result is a function of x alone: neither timing nor the grid, hence the device, changes a bit. Maxima and counts are
-of integers (the bits of |x| order like |x|, with NaN above inf), where order does not matter. Moments begin as float32
-sums of y, y^2, y^3, y^4 over a group, y = x / 2^e - c, which depends on M and N alone; groups are pooled in
-index order, about the mean of all (Chan et al. 1983; Pebay, SAND2008-6212). c is the mean of the group's first tile, 2^e its absmax
-rounded down to a power of two, so nothing overflows; where a later tile is far larger the sums are scaled down,
-exactly. Since c is a mean of the group's own data, cancellation costs at most a factor of the tiles in a group:
-relative errors are about 1e-6, whatever the offset.
+Neither timing nor the grid, hence the number of multiprocessors, changes a bit of the result. Maxima and counts are of
+integers (the bits of |x| order like |x|, with NaN above inf), where order does not matter. Moments begin as float32
+sums of y, y^2, y^3, y^4 over a group, y = x / 2^e - c; groups are cut by the shape and by whether x is quantized, and
+pooled in index order about the mean of all (Chan et al. 1983; Pebay, SAND2008-6212). c is the mean of the group's first
+tile, 2^e its absmax rounded down to a power of two, so nothing overflows; where a later tile is far larger the sums are
+scaled down, exactly. Since c is a mean of the group's own data, cancellation costs at most a factor of the tiles in a
+group: relative errors are about 1e-6, whatever the offset.
 
 Shapes: M rows, N columns; S strips of a row, P programs of a strip, G groups.
 """
@@ -29,10 +29,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-WIDEST = 16384  # columns of a tile
-NARROWEST = 128
+NARROWEST = 128  # columns of a tile
+WIDE = 8192  # the widest row that is one tile
+WIDEST = 16384  # the same where it is quantized: cut into strips it would be read twice, which costs more than to spill
+STRIP = 4096
 PER_WARP = 1024  # elements of a tile
-STAGES = 3  # tiles on their way to a program, and the one it is at
+STAGED = 65536  # bytes of tiles on their way to a program; every device has so much shared memory
 MOST_TILES = 8  # of a group
 GROUPS = 2048  # aimed at: fewer tiles a group balance the programs, more save their sums
 POOLED = 2048  # groups that one program pools
@@ -400,16 +402,20 @@ class Plan(NamedTuple):
     strips: int
     warps: int
     registers: int  # of a thread at most: with more, fewer programs would be at work to hide each other's waiting
+    stages: int  # tiles on their way to a program, and the one it is at
 
     @classmethod
-    def of(cls, M: int, N: int, quantize: bool) -> "Plan":
-        width = min(max(triton.next_power_of_2(N), NARROWEST), WIDEST)
-        warps = max(4, width // PER_WARP)
-        rows = warps * PER_WARP // width
+    def of(cls, M: int, N: int, itemsize: int, quantize: bool) -> "Plan":
+        widest = WIDEST if quantize else WIDE
+        width = max(triton.next_power_of_2(N), NARROWEST) if widest >= N else STRIP
+        # Two registers of a thread for each of its columns last for the whole sweep: 16 columns leave room, 32 spill.
+        warps = min(max(4, 2 * width // PER_WARP), 16)
+        rows = max(1, warps * PER_WARP // width)
         strips = triton.cdiv(N, width)
         wanted = triton.cdiv(M, rows) * strips // GROUPS
         tiles = min(max(1 << wanted.bit_length() >> 1, 1), MOST_TILES)
-        return cls(rows, width, tiles, strips, warps, 168 if quantize and strips == 1 and warps == 4 else 128)
+        registers = 168 if quantize and strips == 1 and warps == 4 else 128
+        return cls(rows, width, tiles, strips, warps, registers, min(1 + STAGED // (rows * width * itemsize), 3))
 
 
 @lru_cache
@@ -433,7 +439,7 @@ def outlier_stats(
     limit = limit if limit > 0 else nan
 
     M, N = x_MN.shape
-    plan = Plan.of(M, N, quantize)
+    plan = Plan.of(M, N, x_MN.element_size(), quantize)
     blocks = triton.cdiv(M, plan.rows * plan.tiles)  # groups of a strip
     pools = triton.cdiv(blocks * plan.strips, POOLED)
     programs = min(blocks, max(1, programs_at_once(x_MN.device, plan.warps, plan.registers) // plan.strips))
@@ -457,7 +463,7 @@ def outlier_stats(
         sweep[(programs * plan.strips,)](
             x_MN, x_MN.stride(0), M, N, plan.strips, limit, skip_columns, *by_strip, q_MN, *by_program, sums,
             R=plan.rows, W=plan.width, TILES=plan.tiles, THREADS=32 * plan.warps, EVEN=even, SKIP=skip,
-            SCALE=quantize, QUANTIZE=quantize and whole, STAGES=STAGES,
+            SCALE=quantize, QUANTIZE=quantize and whole, STAGES=plan.stages,
             num_warps=plan.warps, maxnreg=plan.registers,
         )  # fmt: skip
         finish[(triton.cdiv(N, 32) + pools,)](

@@ -37,14 +37,15 @@ class Histogram:
         self.counts_N: Tensor | None = None
 
     def add(self, x: Tensor) -> None:
-        """Counts the elements of x in."""
-        pattern = x.detach().float().flatten().view(torch.int32).long().bitwise_and_(0xFFFFFFFF) >> (23 - KEPT)
+        """Counts the finite elements of x in."""
+        pattern = x.detach().float()[x.isfinite()].view(torch.int32).long().bitwise_and_(0xFFFFFFFF) >> (23 - KEPT)
         counts_N = torch.bincount(pattern, minlength=BINS)
         self.counts_N = counts_N if self.counts_N is None else self.counts_N + counts_N
 
     def values(self) -> tuple[Tensor, Tensor]:
         """What occurred, ascending, and how often; each bin stands for its middle. float64, int64."""
         assert self.counts_N is not None, "nothing was counted"
+        assert self.counts_N.any(), "nothing was counted"
         (pattern,) = self.counts_N.nonzero(as_tuple=True)
         middle = (pattern << (23 - KEPT)) | (1 << (22 - KEPT))
         middle = middle.where((pattern & (BINS // 2 - 1)) > 0, pattern << (23 - KEPT))  # zero is zero

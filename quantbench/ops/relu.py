@@ -57,7 +57,8 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, power: float) -> Tensor:
     f_T1 = row_factor(*q.shape[2:], power, wide(q.dtype), q.device)
     tensors_NTE = [x.flatten(0, 1) for x in (q, k, v, y)]
     for heads in groups(*tensors_NTE[0].shape[:2]):
-        forward(*(x_NTE[heads] for x_NTE in tensors_NTE), f_T1=f_T1)
+        q_part, k_part, v_part, y_part = (x_NTE[heads] for x_NTE in tensors_NTE)
+        forward(q_part, k_part, v_part, y_part, f_T1)
     return y
 
 

@@ -14,6 +14,8 @@ order from the block sizes alone: results are bit-equal when computed again, on 
 Shapes: B sequences, H heads, T tokens, E features of a head (a power of two from 16). Any strides, features adjacent.
 """
 
+from contextlib import nullcontext
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -71,19 +73,20 @@ def adjacent(x_BHTE: Tensor) -> Tensor:
 def launch(kernel: Any, tensors: tuple[Tensor, ...], strided: tuple[Tensor, ...], *numbers: float) -> None:
     """Runs a kernel, one program a block of rows of a head."""
     B, H, T, E = tensors[0].shape
-    cut = tiles(kernel.__name__, E, tensors[0].device)
+    device = tensors[0].device
+    cut = TILES[generation(device)][kernel.__name__][max(E, 64)]
     strides = [stride for x in strided for stride in x.stride()[:3]]
-    with torch.cuda.device_of(tensors[0]):
+    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
         kernel[(B * H * triton.cdiv(T, cut.own),)](
             *tensors, *strides, H, T, E**-0.5, *numbers,
             E=E, OWN=cut.own, OTHER=cut.other, num_warps=cut.warps, num_stages=cut.stages,
         )  # fmt: skip
 
 
-def tiles(kernel: str, features: int, device: torch.device) -> Tiles:
-    """The cut for a head's width on a device."""
-    generation = torch.cuda.get_device_capability(device)[0]
-    return TILES[9 if generation == 9 else 8][kernel][max(features, 64)]
+@lru_cache
+def generation(device: torch.device) -> int:
+    """Whose tiles a device gets; without one, in Triton's interpreter, any will do."""
+    return 9 if device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9 else 8
 
 
 @triton.jit

@@ -11,7 +11,8 @@ Shapes: B sequences, T tokens, M tokens of any sequences, K input features, N ou
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Collection
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, NamedTuple
 
@@ -20,11 +21,22 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from quantbench.anatomy import anatomy
-from quantbench.calibration import Calibration, Exemption, what_counts
-from quantbench.ops.integers import dequantize, integer_matmul, pack_int4, quantize, scale_of, steps, unpack_int4
+from quantbench.calibration import Calibration, Exemption, passes, what_counts
+from quantbench.ops.integers import (
+    dequantize,
+    offsets,
+    pack_int4,
+    product,
+    qmax,
+    quantize,
+    scale_of,
+    steps,
+    unpack_int4,
+)
 from quantbench.ops.ranges import Span
 
 FULL = 16  # "bits" of what is not quantized
+KEPT = 1 << 20  # weights of a Linear up to which their float form is kept: beside it, converting them anew is dear
 Scope = Literal[
     "static", "token", "tensor"
 ]  # a range set at calibration, by each token, or by all that arrive together
@@ -47,11 +59,28 @@ class Quantizer:
         raise NotImplementedError
 
 
+def check_groups(bits: int, group: int, widths: list[int]) -> None:
+    """ValueError where weights of so many bits, in groups of so many input features, do not suit a Linear's width."""
+    if not 2 <= bits <= 8:
+        raise ValueError(f"weights: {bits} bits; choose 2 to 8")
+    for width in widths:
+        if group < 0 or (group and width % group):
+            raise ValueError(f"group: {group} does not divide a Linear's input width {width}")
+        if bits <= 4 and width % 2:
+            raise ValueError(f"weights: {bits} bits are packed two a byte; the input width {width} is odd")
+
+
 # --- The low-bit Linear ---------------------------------------------------------------------------------------------
 
 
+Plan = dict[str, Any]  # JSON: what, beside the Linear it replaces and its tensors, makes a low-bit module
+
+
 class LowBitLinear(nn.Module, ABC):
-    """What replaces a Linear. Exempt positions meet the same low-bit weights with an input in full precision."""
+    """What replaces a Linear. Exempt positions meet the same low-bit weights with an input in full precision.
+
+    One that quantbench can save says its `plan`, from which `blank` makes it without its tensors' values.
+    """
 
     bias: Tensor | None
 
@@ -72,6 +101,15 @@ class LowBitLinear(nn.Module, ABC):
     @abstractmethod
     def stored_bits(self) -> int:
         """Bits of everything that stands for the weights, scales included."""
+
+    def plan(self) -> Plan | None:
+        """What `blank` needs; None: it saves itself by its own means."""
+        return None
+
+    @classmethod
+    def blank(cls, linear: nn.Linear, exemption: Exemption, plan: Plan) -> LowBitLinear:
+        """One like that which gave the plan, of the same tensors with other values."""
+        raise NotImplementedError
 
     def forward(self, x: Tensor) -> Tensor:
         exempt_BT = self.exemption.mask_for(x)
@@ -101,22 +139,44 @@ class Rounding(nn.Module):
         self.register_buffer("static_scale", scale)
         self.register_buffer("static_zero", None if symmetric else zero)
 
+    def plan(self) -> Plan:
+        """As that of a LowBitLinear."""
+        return {"bits": self.bits, "scope": self.scope, "symmetric": self.symmetric}
+
+    @classmethod
+    def blank(cls, plan: Plan) -> Rounding:
+        """As that of a LowBitLinear."""
+        zero = torch.zeros(())
+        return cls(
+            plan["bits"], plan["scope"], Span(zero, zero) if plan["scope"] == "static" else None, plan["symmetric"]
+        )
+
+    def range(self, counted: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Scale and zero point (None: 0), each broadcasting against x. `counted`: x, 0 where it counts for no range."""
+        if self.static_scale is not None:
+            return self.static_scale, self.static_zero
+        if self.scope == "token":
+            low, high = counted.amin(-1, keepdim=True), counted.amax(-1, keepdim=True)
+        else:
+            low, high = counted.amin(), counted.amax()
+        if self.symmetric:
+            return scale_of(torch.maximum(high, -low), self.bits), None
+        return steps(low.clamp(max=0), high.clamp(min=0), self.bits, symmetric=False)
+
     def integers(self, x: Tensor, counted: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """q int8, its scale and its zero point (None: 0), each broadcasting against x. `counted`: x, 0 where it counts
-        for no range."""
-        scale, zero = self.static_scale, self.static_zero
-        if scale is None:
-            if self.symmetric:
-                absmax = counted.abs().amax(-1, keepdim=True) if self.scope == "token" else counted.abs().amax()
-                scale = scale_of(absmax, self.bits)
-            else:
-                ends = torch.aminmax(counted, dim=-1, keepdim=True) if self.scope == "token" else torch.aminmax(counted)
-                scale, zero = steps(ends.min.clamp(max=0), ends.max.clamp(min=0), self.bits, symmetric=False)
+        """q int8, its scale and its zero point (None: 0)."""
+        scale, zero = self.range(counted)
         return quantize(x, scale, self.bits, zero), scale, zero
+
+    def offsets(self, x: Tensor, counted: Tensor) -> tuple[Tensor, Tensor]:
+        """q - zero as float32, and its scale."""
+        scale, zero = self.range(counted)
+        return offsets(x, scale, self.bits, zero), scale
 
     def forward(self, x: Tensor, counted: Tensor) -> Tensor:
         """What the integers stand for."""
-        return dequantize(*self.integers(x, counted)).to(x.dtype)
+        q, scale = self.offsets(x, counted)
+        return q.mul_(scale).to(x.dtype)
 
 
 class Codes(NamedTuple):
@@ -125,6 +185,12 @@ class Codes(NamedTuple):
     q_NK: Tensor  # int8
     scale_NG: Tensor  # float32
     zero_NG: Tensor | None = None  # w ~ (q - zero) scale
+
+    def dequantized_NK(self) -> Tensor:
+        """What the integers stand for, float32."""
+        q_NGK = self.q_NK.unflatten(1, (self.scale_NG.shape[1], -1))
+        zero = None if self.zero_NG is None else self.zero_NG.unsqueeze(-1)
+        return dequantize(q_NGK, self.scale_NG.unsqueeze(-1), zero).flatten(1)
 
 
 def nearest(weight_NK: Tensor, bits: int, group: int = 0, symmetric: bool = True) -> Codes:
@@ -137,6 +203,28 @@ def nearest(weight_NK: Tensor, bits: int, group: int = 0, symmetric: bool = True
         scale_NG, zero_NG = steps(low, high, bits, symmetric)
     zero = None if zero_NG is None else zero_NG.unsqueeze(-1)
     return Codes(quantize(weight_NGK, scale_NG.unsqueeze(-1), bits, zero).flatten(1), scale_NG, zero_NG)
+
+
+class Derived:
+    """A tensor made of another one and kept as long as that one stays as it is; a copy starts without it."""
+
+    def __init__(self) -> None:
+        self.source: Tensor | None = None
+        self.version = -1
+        self.made = torch.empty(0)
+
+    def __deepcopy__(self, memo: Any) -> Derived:
+        return Derived()
+
+    def of(self, source: Tensor, make: Callable[[Tensor], Tensor]) -> Tensor:
+        """make(source); of large sources, and of those that torch does not watch for changes, anew at every call."""
+        if source.numel() > KEPT or source.is_inference():
+            return make(source)
+        if self.source is not source or self.version != source._version:
+            self.source, self.version = source, source._version
+            with torch.inference_mode(False):  # what is first asked for under inference mode must serve elsewhere, too
+                self.made = make(source)
+        return self.made
 
 
 class IntegerLinear(LowBitLinear):
@@ -158,17 +246,38 @@ class IntegerLinear(LowBitLinear):
     ) -> None:
         """codes: the weight in `bits` bits; rounding: of the inputs, None: they stay in full precision."""
         super().__init__(linear, exemption)
+        assert 2 <= bits <= 8, bits
         assert rounding is None or codes.zero_NG is None, "asymmetric weights need inputs in full precision"
-        self.packed, self.rounding = bits <= 4, rounding
+        self.bits, self.packed, self.rounding = bits, bits <= 4, rounding
         self.register_buffer("weight", pack_int4(codes.q_NK) if self.packed else codes.q_NK)
         self.register_buffer("scale_NG", codes.scale_NG)
         self.register_buffer("zero_NG", codes.zero_NG)
+        self.floats = Derived()
+
+    def plan(self) -> Plan:
+        rounding = None if self.rounding is None else self.rounding.plan()
+        groups = self.scale_NG.shape[1]
+        return {"bits": self.bits, "groups": groups, "symmetric": self.zero_NG is None, "rounding": rounding}
+
+    @classmethod
+    def blank(cls, linear: nn.Linear, exemption: Exemption, plan: Plan) -> IntegerLinear:
+        N, K = linear.weight.shape
+        scale_NG = torch.zeros(N, plan["groups"])
+        zero_NG = None if plan["symmetric"] else torch.zeros_like(scale_NG)
+        codes = Codes(torch.zeros(N, K, dtype=torch.int8), scale_NG, zero_NG)
+        rounding = None if plan["rounding"] is None else Rounding.blank(plan["rounding"])
+        return cls(linear, exemption, codes, plan["bits"], rounding)
 
     def q_NK(self) -> Tensor:
+        """int8."""
         return unpack_int4(self.weight) if self.packed else self.weight
 
+    def float_NK(self) -> Tensor:
+        """The integers as float32."""
+        return self.floats.of(self.weight, lambda weight: self.q_NK().float())
+
     def dequantized_NK(self) -> Tensor:
-        weight_NGK = self.q_NK().unflatten(1, (self.scale_NG.shape[1], -1))
+        weight_NGK = self.float_NK().unflatten(1, (self.scale_NG.shape[1], -1))
         zero = None if self.zero_NG is None else self.zero_NG.unsqueeze(-1)
         return dequantize(weight_NGK, self.scale_NG.unsqueeze(-1), zero).flatten(1)
 
@@ -179,19 +288,22 @@ class IntegerLinear(LowBitLinear):
     def low_bit(self, x: Tensor, counted: Tensor) -> Tensor:
         if self.rounding is None:
             return F.linear(x, self.dequantized_NK().to(x.dtype), self.bias)
-        (q, scale, zero), q_NK = self.rounding.integers(x, counted), self.q_NK()
-        groups = self.scale_NG.shape[1]
+        q, scale = self.rounding.offsets(x, counted)
+        y = self.scaled_sums(q.flatten(0, -2), (1 if self.rounding.symmetric else 2) * qmax(self.rounding.bits) + 1)
+        y = y.unflatten(0, x.shape[:-1]).mul_(scale)
+        return (y if self.bias is None else y.add_(self.bias)).to(x.dtype)
+
+    def scaled_sums(self, q_MK: Tensor, largest: int) -> Tensor:
+        """sum over groups g of (q[g] @ q_W[g].T) * scale_W[:, g], float32 [M, N]; |q| is at most `largest`."""
+        groups, largest = self.scale_NG.shape[1], largest * (qmax(self.bits) + 1)
         first: Tensor | None = None
         for q_part, w_part, scale_N in zip(
-            q.chunk(groups, -1), q_NK.chunk(groups, -1), self.scale_NG.unbind(-1), strict=True
+            q_MK.chunk(groups, -1), self.float_NK().chunk(groups, -1), self.scale_NG.unbind(-1), strict=True
         ):
-            sums = integer_matmul(q_part, w_part)
-            part = sums.float() if zero is None else sums.float() - zero * w_part.sum(-1, dtype=torch.int32)
-            part *= scale_N
+            part = product(q_part, w_part, largest).mul_(scale_N)
             first = part if first is None else first.add_(part)
         assert first is not None
-        y = first.mul_(scale)
-        return (y if self.bias is None else y.add_(self.bias)).to(x.dtype)
+        return first
 
 
 class RoundedLinear(LowBitLinear):
@@ -204,6 +316,13 @@ class RoundedLinear(LowBitLinear):
         self.rounding = rounding
         self.register_buffer("weight", linear.weight.detach().clone())
 
+    def plan(self) -> Plan:
+        return {"rounding": self.rounding.plan()}
+
+    @classmethod
+    def blank(cls, linear: nn.Linear, exemption: Exemption, plan: Plan) -> RoundedLinear:
+        return cls(linear, exemption, Rounding.blank(plan["rounding"]))
+
     def low_bit(self, x: Tensor, counted: Tensor) -> Tensor:
         return F.linear(self.rounding(x, counted), self.weight, self.bias)
 
@@ -214,15 +333,69 @@ class RoundedLinear(LowBitLinear):
         return 8 * self.weight.nbytes
 
 
+# --- What weights are fitted to -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a Linear's inputs X [M, K] were, over the calibration tokens that are not exempt."""
+
+    gram_KK: Tensor  # X^T X, float64
+    absolute_K: Tensor  # sum of |X|, float64
+
+    def error_N(self, change_NK: Tensor) -> Tensor:
+        """||X change^T||^2 of each output channel: what a change of the weights costs on these tokens."""
+        return ((change_NK.double() @ self.gram_KK) * change_NK).sum(-1).clamp(min=0)
+
+
+class _Enough(Exception):
+    """Ends a pass whose rest nobody needs."""
+
+
+def inputs_of(model: nn.Module, calibration: Calibration, layers: Collection[int]) -> dict[str, Inputs]:
+    """The inputs of every Linear of these blocks; 8 K^2 bytes a Linear. The model may be quantized in part.
+
+    ValueError where a value is infinite or NaN.
+    """
+    assert calibration.batches, "a calibration needs batches"
+    parts, found = anatomy(model), dict[str, Inputs]()
+    names = {name for name, (layer, _) in parts.linears().items() if layer in layers}
+
+    def show(place: str, x: Tensor, exempt: Tensor | None) -> None:
+        if place in names:
+            x_MK = x.flatten(0, -2).double()  # 0 at exempt positions, which add nothing
+            here = Inputs(x_MK.T @ x_MK, x_MK.abs().sum(0))
+            if before := found.get(place):
+                here = Inputs(before.gram_KK.add_(here.gram_KK), before.absolute_K.add_(here.absolute_K))
+            found[place] = here
+
+    def stop(module: nn.Module, args: Any, output: Any) -> None:
+        raise _Enough
+
+    hook = parts.blocks[max(layers)].register_forward_hook(stop)
+    try:
+        for batch in calibration.batches:
+            with suppress(_Enough):
+                passes(model, Calibration([batch]), ("inputs",), show)
+    finally:
+        hook.remove()
+    for place, inputs in found.items():
+        if not inputs.absolute_K.isfinite().all():
+            raise ValueError(
+                f"site {place}: activations overflow on the calibration batches; look at this run's losses"
+            )
+    return found
+
+
 # --- What changes the model -----------------------------------------------------------------------------------------
 
 
 def swap(model: nn.Module, make: Callable[[str, nn.Linear], LowBitLinear | None]) -> dict[str, float]:
     """Replaces every Linear of the blocks by what `make(name, linear)` returns, and leaves the model in eval mode.
 
-    Where that is None the Linear stays. Returns `share-of-weights`, of the blocks' matrix-product weights those that
-    sit in a Linear, and `bits-per-weight` of these as stored. ValueError where the share is below 95%: the figure would
-    be another model's.
+    Each is in its place before the next is made, in the order of the model; where that is None the Linear stays.
+    Returns `share-of-weights`, of the blocks' matrix-product weights those that sit in a Linear, and `bits-per-weight`
+    of these as stored. ValueError where the share is below 95%: the figure would be another model's.
     """
     assert not any(isinstance(module, LowBitLinear) for module in model.modules()), "the model is quantized already"
     parts = anatomy(model)
@@ -265,13 +438,17 @@ class IntegerEmbedding(nn.Module):
     def __init__(self, embedding: nn.Embedding, bits: int) -> None:
         super().__init__()
         codes = nearest(embedding.weight, bits)
-        self.packed, self.dtype = bits <= 4, embedding.weight.dtype
+        self.bits, self.packed, self.dtype = bits, bits <= 4, embedding.weight.dtype
+        self.num_embeddings, self.embedding_dim = embedding.weight.shape
         self.register_buffer("weight", pack_int4(codes.q_NK) if self.packed else codes.q_NK)
         self.register_buffer("scale_V1", codes.scale_NG)
 
     def forward(self, ids: Tensor) -> Tensor:
         rows = self.weight[ids]
         return dequantize(unpack_int4(rows) if self.packed else rows, self.scale_V1[ids]).to(self.dtype)
+
+
+ROUNDING_OF = "rounding_of_"  # a kind of site: the name of the Rounding, inside the module whose output it rounds
 
 
 def replace(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
@@ -282,11 +459,14 @@ def replace(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
 
 def round_site(module: nn.Module, kind: str, rounding: Rounding, exemption: Exemption) -> None:
     """From now on what passes the module's output passes through integers, but for exempt positions."""
-    module.add_module(f"rounding_of_{kind}", rounding)  # so that it moves and is saved with the model
+    name = ROUNDING_OF + kind
+    module.add_module(name, rounding)  # so that it moves, and is saved and copied, with the model
 
     def hook(module: nn.Module, args: Any, output: Any) -> Any:
+        rounding = getattr(module, name)  # the copy's, where the module is one
         x = output[0] if isinstance(output, tuple) else output
-        low, exempt = rounding(x, what_counts(x, kind, exemption)), exemption.spread(x, kind)
+        counted = x if rounding.scope == "static" else what_counts(x, kind, exemption)
+        low, exempt = rounding(x, counted), exemption.spread(x, kind)
         if exempt is not None:
             low = torch.where(exempt, x, low)
         return (low, *output[1:]) if isinstance(output, tuple) else low

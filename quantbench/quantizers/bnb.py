@@ -2,15 +2,16 @@
 
 How it works. `Linear8bitLt`: int8 weights per output channel, inputs int8 per token; columns in which any token of
 the batch reaches the threshold are multiplied in full precision with dequantized weights (LLM.int8(), batch-
-dependent). `Linear4bit`: weights as 16 quantiles of a normal distribution (NF4, arXiv:2305.14314) in blocks of 64
-with a float32 scale each, activations in full precision.
+dependent). `Linear4bit`: weights as one of 16 levels times the absmax of their block of 64, a float32; activations in
+full precision. The levels of `nf4` (arXiv:2305.14314) are quantiles of a normal distribution; those of `fp4` are floats
+of a sign, two bits of exponent and one of fraction, over their largest: 0, 1/192, 1/6, 1/4, 1/3, 1/2, 2/3, 1.
 
 How it differs from calling bitsandbytes by hand. Its modules are always in eval mode (in train mode Linear8bitLt
 quantizes no activations and ignores the threshold); its log line on every float32 input is silenced; Linear4bit's
 in-place repacking on CPUs with AVX512-BF16 is off, because it computes in bf16 and its result would depend on the
 machine; exempt positions are fed as zeros, so that they make no columns outliers, and computed apart.
 
-What it leaves out. FP4, nested ("double") quantization of the scales, fp16 models. Inputs still pass through fp16 on
+What it leaves out. Nested ("double") quantization of the scales, fp16 models. Inputs still pass through fp16 on
 their way to int8: what exceeds 65,504 is infinite there. With a threshold such columns are taken out before; at
 threshold 0 the output is not finite: `above-fp16` reports the share of calibration tokens (over all Linears) that do.
 """
@@ -18,7 +19,7 @@ threshold 0 the output is not finite: `above-fp16` reports the share of calibrat
 import logging
 from dataclasses import dataclass
 from types import ModuleType
-from typing import ClassVar, Self
+from typing import ClassVar, Literal, Self
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +29,9 @@ from quantbench.calibration import Calibration, Exemption, survey
 from quantbench.quantizers import LowBitLinear, Quantizer, swap
 
 ABOVE_FP16 = 65_504 + 2.0**-8  # the float32 after float16's largest
-BLOCK = 64  # weights that share an NF4 scale
+BLOCK = 64  # weights of 4 bits that share a scale
+
+Kind = Literal["nf4", "fp4"]
 
 
 def bitsandbytes() -> ModuleType:
@@ -59,13 +62,19 @@ class BnbInt8(Quantizer):
 
 
 @dataclass(frozen=True)
-class BnbNF4(Quantizer):
-    title: ClassVar[str] = "bitsandbytes Linear4bit: NF4 weights in blocks of 64, activations in full precision"
+class Bnb4(Quantizer):
+    kind: Kind = "nf4"
+
+    @property
+    def title(self) -> str:  # type: ignore[override]
+        """What it is, in a line."""
+        kind = self.kind.upper()
+        return f"bitsandbytes Linear4bit: {kind} weights in blocks of {BLOCK}, activations in full precision"
 
     def check(self, widths: list[int]) -> None:
         for width in widths:
             if width % BLOCK:
-                raise ValueError(f"bnb-nf4: blocks of {BLOCK} do not divide a Linear's input width {width}")
+                raise ValueError(f"bnb-{self.kind}: blocks of {BLOCK} do not divide a Linear's input width {width}")
 
     def quantize(self, model: nn.Module, calibration: Calibration) -> dict[str, float]:
         for name, (_, linear) in anatomy(model).linears().items():
@@ -73,7 +82,7 @@ class BnbNF4(Quantizer):
                 self.check([linear.in_features])
             except ValueError as error:
                 raise ValueError(f"{name}: {error}") from None
-        return swap(model, lambda name, linear: BnbNF4Linear(linear, calibration.exemption))
+        return swap(model, lambda name, linear: Bnb4Linear(linear, calibration.exemption, self.kind))
 
 
 class BnbInt8Linear(LowBitLinear):
@@ -103,8 +112,8 @@ class BnbInt8Linear(LowBitLinear):
         return super().train(False)  # in train mode Linear8bitLt would not quantize its input
 
 
-class BnbNF4Linear(LowBitLinear):
-    def __init__(self, linear: nn.Linear, exemption: Exemption) -> None:
+class Bnb4Linear(LowBitLinear):
+    def __init__(self, linear: nn.Linear, exemption: Exemption, kind: Kind) -> None:
         super().__init__(linear, exemption)
         bnb = bitsandbytes().nn
         self.inner = bnb.Linear4bit(
@@ -113,7 +122,7 @@ class BnbNF4Linear(LowBitLinear):
         self.inner.support_avx512bf16_for_cpu = False
         weight = linear.weight.detach().cpu()
         self.inner.weight = bnb.Params4bit(
-            weight, blocksize=BLOCK, compress_statistics=False, quant_type="nf4", module=self.inner
+            weight, blocksize=BLOCK, compress_statistics=False, quant_type=kind, module=self.inner
         )
         self.inner.to(linear.weight.device).eval()
 

@@ -127,8 +127,9 @@ class Integer(Quantizer):
                 return IntegerLinear(linear, calibration.exemption, codes, self.weights, inputs)
             return None if inputs is None else RoundedLinear(linear, calibration.exemption, inputs)
 
-        sites = {site: places(parts, site) for site in rounded if site != "inputs"}
         report = swap(model, make)
+        parts = anatomy(model)  # a Linear that was a place, too (Llama's keys), is another module now
+        sites = {site: places(parts, site) for site in rounded if site != "inputs"}
         for site, modules in sites.items():
             for place in at[site]:
                 round_site(modules[place], site, rounding(place), calibration.exemption)

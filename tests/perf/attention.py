@@ -31,7 +31,7 @@ def rows(device: str) -> list[Row]:
 def passes(device: str, shape: tuple[int, ...], dtype: torch.dtype, count: int) -> list[Row]:
     B, H, T, E = shape
     q, k, v, dy = (torch.randn(shape, device=device, dtype=dtype) for _ in range(4))
-    explicit = Relu(1.0)
+    explicit, sink_H = Relu(1.0), torch.zeros(H, device=device)
 
     def formula(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return super(Relu, explicit).attend(q, k, v, None)
@@ -40,7 +40,7 @@ def passes(device: str, shape: tuple[int, ...], dtype: torch.dtype, count: int) 
         "SDPA": lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True),
         "relu_attention": lambda q, k, v: relu_attention(q, k, v, 1.0),
         "ReLU, explicit": formula,
-        "sink_attention": lambda q, k, v: sink_attention(q, k, v, None),
+        "sink_attention": lambda q, k, v: sink_attention(q, k, v, sink_H),
     }
 
     def forward(attend: Attend) -> Callable[[], Tensor]:
