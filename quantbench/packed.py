@@ -6,7 +6,7 @@
                         kind, the sha256 of the tensors and of itself
 
 `load` makes the decoder anew, puts low-bit modules where they were, and fills in the tensors: its logits are those of
-the model that was saved, bit for bit. Quantizers whose modules give no `plan` (as those of bitsandbytes) save themselves
+the model that was saved, bit for bit. Quantizers whose modules give no `plan`, as bitsandbytes' do not, save themselves
 by their own means; what a mitigation has rebuilt after training is refused.
 """
 
