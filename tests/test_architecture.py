@@ -240,6 +240,13 @@ def test_the_tree_of_the_readme_is_the_folder() -> None:
     assert all((ROOT / name).is_dir() for name in re.findall(r"^(\w+)/", tree, re.MULTILINE))
 
 
+def test_the_tables_of_speed_are_what_the_measurements_render() -> None:
+    from tests.perf.table import render
+
+    folder = ROOT / "results" / "perf"
+    assert (folder / "README.md").read_text() == render(folder), "run `make perf`"
+
+
 def test_the_verbs_and_their_flags_are_those_that_people_know() -> None:
     """A flag that goes away breaks somebody's script: change this list on purpose."""
     (verbs,) = [action for action in cli._parser()._actions if isinstance(action.choices, dict)]

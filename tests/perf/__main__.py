@@ -4,6 +4,7 @@ python -m tests.perf [statistics] [attention] [training]        all of them wher
 """
 
 import json
+import os
 import re
 import sys
 from importlib import import_module
@@ -16,11 +17,15 @@ from quantbench.store import atomic_write
 from tests.perf.table import render
 
 PARTS = ("statistics", "attention", "training")
+CORES = 2
 
 
 def main(parts: list[str]) -> None:
     if unknown := set(parts) - set(PARTS):
         sys.exit(f"make perf: there is no part {', '.join(sorted(unknown))}; choose from {', '.join(PARTS)}")
+    if hasattr(os, "sched_setaffinity"):  # the same two cores throughout, on a machine of many, too
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:CORES])
+    torch.set_num_threads(min(CORES, torch.get_num_threads()))
     device = "cuda" if torch.cuda.is_available() else "cpu"
     here = environment()
     name = re.sub("[^a-z0-9]+", "-", (here["cpu"] if device == "cpu" else here["device"]).lower()).strip("-")
