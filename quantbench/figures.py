@@ -189,10 +189,10 @@ def heat(columns: list[str], rows: list[tuple[str, list[tuple[float, str, bool]]
         return None
     lowest, highest = max(min(damages), max(damages) * 1e-6), max(damages)
     norm = LogNorm(lowest, highest)
-    left, top, box = 1.35, 1.45, (0.5, 0.24)  # inches
-    width, height = left + box[0] * len(columns) + 0.1, top + box[1] * len(rows) + 0.25
+    left, right, top, box = 1.35, 0.75, 1.45, (0.5, 0.24)  # inches; names lean over the right edge
+    width, height = left + box[0] * len(columns) + right, top + box[1] * len(rows) + 0.25
     with _figure(width, height) as figure:
-        axes = figure.add_axes((left / width, 0.25 / height, 1 - (left + 0.1) / width, 1 - (top + 0.25) / height))
+        axes = figure.add_axes((left / width, 0.25 / height, 1 - (left + right) / width, 1 - (top + 0.25) / height))
         axes.set(xlim=(0, len(columns)), ylim=(len(rows), 0))
         axes.grid(False)
         axes.xaxis.tick_top()
@@ -202,7 +202,7 @@ def heat(columns: list[str], rows: list[tuple[str, list[tuple[float, str, bool]]
         for y, (_, boxes) in enumerate(rows):
             for x, (damage, text, framed) in enumerate(boxes):
                 shade = float(norm(max(damage, lowest))) if damage > 0 else 0.0
-                colour = (1 - 0.62 * shade, 1 - 0.85 * shade, 1 - 0.8 * shade) if damage > 0 else "white"
+                colour = (1 - 0.35 * shade, 1 - 0.9 * shade, 1 - 0.85 * shade) if damage > 0 else "white"
                 axes.add_patch(Rectangle((x + 0.03, y + 0.05), 0.94, 0.9, facecolor=colour, edgecolor="none"))
                 ink = "white" if shade > 0.6 else "0.2"
                 axes.text(x + 0.5, y + 0.5, text, ha="center", va="center", fontsize=6.5, color=ink)
