@@ -394,7 +394,7 @@ def quantize_strips(
 
 
 class Plan(NamedTuple):
-    """How x is cut, by its shape alone, and what the kernel needs of a multiprocessor."""
+    """How x is cut, by its shape and whether it is quantized, and what the kernel needs of a multiprocessor."""
 
     rows: int  # of a tile
     width: int  # of a tile
