@@ -11,7 +11,7 @@ One schema, and behind it:
     else      `blocked`, torch on a few rows at a time
     `oracle`  float64 torch, what the others are tested against
 They agree bit for bit in absmax, counts, integers and scales. The norms are within a unit in the last place of float32
-(four on CUDA); moments differ by their rounding: 1e-6 of M2 and M4 at most (1e-5 on CUDA), where float32 sums were used.
+(four on CUDA); moments differ by their rounding: 1e-6 of M2 and M4 at most (1e-5 on CUDA), where sums are float32.
 
 Shapes: M tokens, N features. moments = [n, mean, M2, M3, M4], Mk the sum of (x - mean)^k: they merge
 (`merge_moments`) over batches, layers and processes, and the kurtosis is n M4 / M2^2.
