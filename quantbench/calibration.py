@@ -155,12 +155,16 @@ def survey(
     out; of the others their values count as 0.
     """
     totals: dict[str, Totals] = {}
+    before: tuple[Tensor, int, Totals] | None = None  # queries, keys and values read one tensor, one after the other
 
     def show(place: str, x: Tensor, exempt: Tensor | None) -> None:
-        x_MK = x.flatten(0, -2) if exempt is None or x.ndim != 3 else x[~exempt.squeeze(-1)]
-        if len(x_MK):  # a batch may be exempt as a whole
-            here = Totals.of(outlier_stats(x_MK, threshold))
-            totals[place] = totals[place].merge(here) if place in totals else here
+        nonlocal before
+        if before is None or before[0] is not x or before[1] != x._version:
+            x_MK = x.flatten(0, -2) if exempt is None or x.ndim != 3 else x[~exempt.squeeze(-1)]
+            if not len(x_MK):  # a batch may be exempt as a whole
+                return
+            before = x, x._version, Totals.of(outlier_stats(x_MK, threshold))
+        totals[place] = totals[place].merge(before[2]) if place in totals else before[2]
 
     passes(model, calibration, sites, show)
     assert totals or not sites, "every calibration position is exempt"

@@ -122,7 +122,7 @@ def propagation(sites: list[Record], records: list[Record]) -> bytes | None:
     styles = _styles([*finished(records), *sites])
     last = max((len(r["propagation"]["non-sink"]) - 1 for runs in by_recipe.values() for r in runs), default=0)
     shown = {name: styles[name] for name in styles if name in by_recipe}
-    return _lines(panels, "block", lambda axes: _counted(axes, last), shown)
+    return _lines(panels, "block", lambda axes: _counted(axes, last), shown, left=0.8)
 
 
 def _part(found: dict[str, float | None], part: str) -> float | None:
@@ -141,10 +141,14 @@ class Panel(NamedTuple):
 
 
 def _lines(
-    panels: list[Panel], xlabel: str, mark_x: Callable[[Axes], None], styles: dict[str, tuple[str, str]]
+    panels: list[Panel],
+    xlabel: str,
+    mark_x: Callable[[Axes], None],
+    styles: dict[str, tuple[str, str]],
+    left: float = 0.6,
 ) -> bytes | None:
     """Panels side by side, the recipes named once, at the right. None where there is no line."""
-    left, panel, gap = 0.6, 2.25, 0.65  # inches; right of the last panel there is room for the longest name
+    panel, gap = 2.25, 0.65  # inches, as `left`; right of the last panel there is room for the longest name
     width = left + 3 * panel + 2 * gap + 0.35 + 0.062 * max(map(len, styles), default=0)
     height = max(3.2, 0.155 * len(styles) + 1.0)
     with _figure(width, height) as figure:
