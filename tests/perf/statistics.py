@@ -92,7 +92,7 @@ def tracing(device: str) -> list[Row]:
     }
     goals = {"forward, outlier_stats": [Goal("forward", 1.07)]}
     case = "Llama of 10 layers, width 576, 4 x 256 tokens, fp32"
-    return contest("Tracing a whole model", case, contestants, "forward", device=device, goals=goals)
+    return contest("Tracing a whole model", case, contestants, "forward", device=device, rounds=15, goals=goals)
 
 
 def _eager_hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
