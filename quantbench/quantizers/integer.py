@@ -31,6 +31,7 @@ from quantbench.quantizers import (
     RoundedLinear,
     Rounding,
     Scope,
+    check_groups,
     nearest,
     replace,
     round_site,
@@ -96,11 +97,8 @@ class Integer(Quantizer):
             raise ValueError(f"rule: {self.rule} sets static ranges of activations; this has none")
         if not 50 < self.percent <= 100:
             raise ValueError(f"percent: {self.percent} is no share of the values to keep; choose above 50, to 100")
-        for width in widths:
-            if self.group < 0 or (self.group and width % self.group):
-                raise ValueError(f"group: {self.group} does not divide a Linear's input width {width}")
-            if self.weights <= 4 and width % 2:
-                raise ValueError(f"weights: {self.weights} bits are packed two a byte; the input width {width} is odd")
+        if self.weights < FULL:
+            check_groups(self.weights, self.group, widths)
 
     def quantize(
         self, model: nn.Module, calibration: Calibration, chosen: Chosen = lambda site, place: True
