@@ -229,14 +229,20 @@ def damage_table(track: Board) -> Table:
 
 def map_tables(track: Board) -> dict[int, Table]:
     """bits -> the map's cells of these bits: damage, and how the recipe's KL compares with the baseline's."""
-    placed = grid.cells(track.records[0]["track"]["resolved"].get("quantizers", {})) if track.records else {}
-    rows = [row for row in track.rows if row.records]
+    placed, rows = _placed(track), [row for row in track.rows if row.records]
     tables = {}
     for bits in dict.fromkeys(cell.bits for cell in placed):
-        mine = {cell: name for cell, name in placed.items() if cell.bits == bits and name in track.quantizers}
+        mine = {cell: name for cell, name in placed.items() if cell.bits == bits}
         header = ["recipe", *(f"{cell}" for cell in mine)]
         tables[bits] = header, [[row.name, *(_cell(row, name) for name in mine.values())] for row in rows]
-    return {bits: table for bits, table in tables.items() if len(table[0]) > 1}
+    return tables
+
+
+def _placed(track: Board) -> dict[grid.Cell, str]:
+    """The cells of the map that the rows have, by the track as the records that count resolve it."""
+    counted = next((record for row in track.rows for record in row.records), None)
+    found = grid.cells(counted["track"]["resolved"].get("quantizers", {})) if counted else {}
+    return {cell: name for cell, name in found.items() if name in track.quantizers}
 
 
 def _cell(row: Row, quantizer: str) -> str:
@@ -251,8 +257,7 @@ def _cell(row: Row, quantizer: str) -> str:
 
 def _heat(track: Board) -> tuple[list[str], list[tuple[str, list[tuple[float, str, bool]]]]]:
     """What `figures.heat` draws of the map."""
-    placed = grid.cells(track.records[0]["track"]["resolved"].get("quantizers", {})) if track.records else {}
-    mine = {cell: name for cell, name in placed.items() if name in track.quantizers}
+    mine = _placed(track)
     columns = [f"W{cell.bits}A{cell.bits} {cell}" for cell in mine]
     rows = []
     for row in track.rows:
@@ -274,9 +279,8 @@ def separates(compared: stats.Comparison) -> bool:
 
 def separating(track: Board) -> str:
     """Which cells of the map tell a recipe from the baseline, in words."""
-    placed = grid.cells(track.records[0]["track"]["resolved"].get("quantizers", {}))
     found = []
-    for cell, name in placed.items():
+    for cell, name in _placed(track).items():
         apart = [row.name for row in track.rows if name in row.comparisons and separates(row.comparisons[name])]
         found.append(f"W{cell.bits}A{cell.bits} {cell}: {', '.join(apart) or 'none'}")
     return "Recipes whose KL differs from the baseline's, cell by cell: " + "; ".join(found) + "."
