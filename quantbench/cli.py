@@ -246,10 +246,13 @@ def tune(arguments: argparse.Namespace) -> int:
     from quantbench.recipe import load_recipe, load_track
 
     track_name, track = load_track(arguments.track, root())
+    center = load_recipe("baseline", root())[1].lr.get(track_name, track.lr)
     stopped = 0
     for name, recipe in [load_recipe(given, root()) for given in arguments.recipe]:
         workers = arguments.jobs or default_jobs()
-        record = tuning.tune(name, recipe, track_name, track, _store(), workers, lambda line: print(line, flush=True))
+        record = tuning.tune(
+            name, recipe, center, track_name, track, _store(), workers, lambda line: print(line, flush=True)
+        )
         path = tuning.write(_results(arguments), record)
         if record["best"] is None:
             stopped = 4

@@ -1,6 +1,7 @@
 """The learning rate of a recipe on a track: the one with the lowest full-precision loss, never a quantized figure.
 
-Points lie half a decade apart around where the recipe starts; while the best is at an edge, the sweep goes on. Every
+Points lie half a decade apart around the baseline's best (around what its YAML says for a recipe with an optimizer of
+its own, whose scale is another); while the best is at an edge, the sweep goes on. Every
 point is a whole run of the track on a seed outside the track's. What is compared is the training loss over the last
 fiftieth of the steps: fresh sequences, the same for every point, and none of the held-out split.
 """
@@ -22,18 +23,25 @@ FURTHEST = 4  # steps of half a decade from the start
 
 
 def tune(
-    name: str, recipe: Recipe, track_name: str, track: Track, store: Store, workers: int, tell: Callable[[str], None]
+    name: str,
+    recipe: Recipe,
+    baseline_lr: float,
+    track_name: str,
+    track: Track,
+    store: Store,
+    workers: int,
+    tell: Callable[[str], None],
 ) -> dict[str, Any]:
     """The sweep as a record: every point's loss (None: diverged or failed), and the best learning rate.
 
+    Three points around `baseline_lr`; five around its own where it has another optimizer.
     ValueError for a recipe that trains nothing of its own.
     """
     assert SEED not in track.seeds
     if recipe.mitigations and len(bench.post_hoc(recipe)) == len(recipe.mitigations):
         raise ValueError(f"{name}: all it changes comes after pretraining; it states the learning rate of the baseline")
-    # Another optimizer has another scale: it starts from what its YAML says, with five points instead of three.
     other = any("optimizer" in seams(mitigation) for mitigation in recipe.mitigations.values())  # type: ignore[arg-type]
-    start, reach = (recipe.lr.get(track_name, track.lr), 2) if other else (track.lr, 1)
+    start, reach = (recipe.lr.get(track_name, track.lr), 2) if other else (baseline_lr, 1)
     losses: dict[int, float | None] = {}
     while True:
         todo = {}

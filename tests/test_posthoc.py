@@ -501,7 +501,7 @@ def test_a_recipe_states_the_rate_of_what_it_builds_on(name: str) -> None:
 def test_the_rate_of_a_post_hoc_recipe_is_not_tuned(name: str, tmp_path: Path) -> None:
     tiny = load_track("smoke", ROOT)
     with pytest.raises(ValueError, match=f"^{name}: all it changes comes after pretraining; .*the baseline$"):
-        tune(*load_recipe(name, ROOT), *tiny, Store(tmp_path), workers=1, tell=lambda line: None)
+        tune(*load_recipe(name, ROOT), 4e-3, *tiny, Store(tmp_path), workers=1, tell=lambda line: None)
 
 
 @pytest.fixture(scope="module")

@@ -24,7 +24,7 @@ def test_a_sweep_takes_the_lowest_training_loss_and_goes_on_at_an_edge(tmp_path:
     track = replace(track, steps=8, warmup=0, timeline=0, lr=1e-6, weight_decay=0.0)
     name, recipe = load_recipe("relu-attn", ROOT)
     said: list[str] = []
-    record = tune(name, recipe, "smoke", track, Store(tmp_path), workers=2, tell=said.append)
+    record = tune(name, recipe, track.lr, "smoke", track, Store(tmp_path), workers=2, tell=said.append)
     losses = dict(record["points"])
     assert record["best"] == min(losses, key=lambda lr: losses[lr])
     assert record["at-edge"]
