@@ -7,6 +7,7 @@ Shapes: B sequences, H heads, T queries, S keys, E features of a head.
 Visibility is a bool tensor that broadcasts to [B, H, T, S]; every query sees at least itself.
 """
 
+from collections.abc import Callable
 from functools import lru_cache
 
 import torch
@@ -35,11 +36,35 @@ class Form(nn.Module):
         """Weights of the values, 0 where not visible, [B, H, T, S]."""
         raise NotImplementedError
 
+    def extend(self, k_BHSE: Tensor, v_BHSE: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values with what the form appends to them: everybody sees that, no cache holds it."""
+        return k_BHSE, v_BHSE
+
     def attend(self, q_BHTE: Tensor, k_BHSE: Tensor, v_BHSE: Tensor, visible: Tensor | None) -> Tensor:
         """The heads' outputs, [B, H, T, E]; visible None means plainly causal, S = T."""
-        if visible is None:
-            visible = causal(q_BHTE.shape[2], q_BHTE.device)
-        return self(scores(q_BHTE, k_BHSE), visible).to(v_BHSE.dtype) @ v_BHSE
+        return attend(self, q_BHTE, k_BHSE, v_BHSE, visible)
+
+
+def attend(
+    form: Form,
+    q_BHTE: Tensor,
+    k_BHSE: Tensor,
+    v_BHSE: Tensor,
+    visible: Tensor | None,
+    see_scores: Callable[[Tensor], Tensor] = lambda x: x,
+    see_weights: Callable[[Tensor], Tensor] = lambda x: x,
+) -> Tensor:
+    """A form by its formula, with what its scores and its weights pass through; as `Form.attend`."""
+    if visible is None:
+        visible = causal(q_BHTE.shape[2], q_BHTE.device)
+    k_BHSE, v_BHSE = form.extend(k_BHSE, v_BHSE)
+    weights_BHTS = form(see_scores(scores(q_BHTE, k_BHSE)), with_appended(visible, k_BHSE.shape[2]))
+    return see_weights(weights_BHTS).to(v_BHSE.dtype) @ v_BHSE
+
+
+def with_appended(visible: Tensor, keys: int) -> Tensor:
+    """Visibility [..., S] of as many keys as there are with the appended ones, which everybody sees."""
+    return F.pad(visible, (0, keys - visible.shape[-1]), value=True)
 
 
 class Softmax(Form):
@@ -49,11 +74,15 @@ class Softmax(Form):
         return scores_BHTS.masked_fill(~visible, -torch.inf).softmax(-1)
 
     def attend(self, q_BHTE: Tensor, k_BHSE: Tensor, v_BHSE: Tensor, visible: Tensor | None) -> Tensor:
-        if visible is not None or not (q_BHTE.device.type == "cpu" and q_BHTE.dtype == torch.bfloat16):
-            return F.scaled_dot_product_attention(q_BHTE, k_BHSE, v_BHSE, visible, is_causal=visible is None)
+        k_BHSE, v_BHSE = self.extend(k_BHSE, v_BHSE)
         B, H, T, E = q_BHTE.shape
-        q, k, v = (x.reshape(B * H, T, E) for x in (q_BHTE, k_BHSE, v_BHSE))
+        S = k_BHSE.shape[2]
+        if visible is not None or not (q_BHTE.device.type == "cpu" and q_BHTE.dtype == torch.bfloat16):
+            if visible is not None or S > T:
+                visible = with_appended(causal(T, q_BHTE.device) if visible is None else visible, S)
+            return F.scaled_dot_product_attention(q_BHTE, k_BHSE, v_BHSE, visible, is_causal=visible is None)
+        q, k, v = (x.reshape(B * H, -1, E) for x in (q_BHTE, k_BHSE, v_BHSE))
         with torch.autocast("cpu", enabled=False):  # else the softmax would be copied to fp32 and back
-            bias_TT = causal_bias(T, q.dtype, q.device)
-            weights = torch.baddbmm(bias_TT, q, k.transpose(1, 2), alpha=E**-0.5).softmax(-1)
+            bias_TS = F.pad(causal_bias(T, q.dtype, q.device), (0, S - T))
+            weights = torch.baddbmm(bias_TS, q, k.transpose(1, 2), alpha=E**-0.5).softmax(-1)
             return torch.bmm(weights, v).view(B, H, T, E)

@@ -65,7 +65,7 @@ def _store() -> "Store":
 
 def bench(arguments: argparse.Namespace) -> int:
     """Train, measure and quantize recipes beside their baseline, and print the table."""
-    jobs = _jobs(arguments, ["baseline", *arguments.recipe], arguments.set)
+    jobs = _jobs(arguments, [*([] if arguments.alone else ["baseline"]), *arguments.recipe], arguments.set)
     results, store = _results(arguments), _store()
     scratch = bool(arguments.set)
     if scratch:
@@ -395,6 +395,7 @@ def _parser() -> argparse.ArgumentParser:
         "--set", action="append", default=[], metavar="KEY=VALUE",
         help="explore another key of the track: goes to a scratch folder, never onto the leaderboard",
     )  # fmt: skip
+    runs.add_argument("--alone", action="store_true", help="without the baseline: its records are there already")
     runs.add_argument("--dry-run", action="store_true", help="say what would run, and what is there already")
     runs.add_argument("--accept", action="store_true", help="replace committed records that this run contradicts")
     pays = verb("sites", sites)

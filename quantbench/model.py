@@ -22,7 +22,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from quantbench import catalog
 from quantbench.anatomy import Site
-from quantbench.attention import causal, scores
+from quantbench.attention import attend, causal
 from quantbench.mitigations import Mitigation, combine
 
 
@@ -91,13 +91,12 @@ class Attention(nn.Module):
         if turn is not None:
             q_BTHE, k_BTHE = rotate(q_BTHE, turn), rotate(k_BTHE, turn)
         q, k, v = (x.transpose(1, 2) for x in (q_BTHE, k_BTHE, qkv_BT3HE[:, :, 2]))  # [B, H, T, E]
-        k, v = self.keys(k), self.values(v)
+        k, v = self.keys(k), self.values(self.output.source(v))
         own_v = v
         if cache is not None:
             k, v = cache.update(k, v, self.layer)
         if self.scores.watched or self.probabilities.watched:
-            seen = causal(T, x_BTD.device) if visible is None else visible
-            y_BHTE = self.probabilities(self.form(self.scores(scores(q, k)), seen)).to(v.dtype) @ v
+            y_BHTE = attend(self.form, q, k, v, visible, self.scores, self.probabilities)
         else:
             y_BHTE = self.form.attend(q, k, v, visible)
         y_BHTE = self.output(self.products(y_BHTE), x_BTD, own_v)
@@ -153,7 +152,7 @@ class QuantbenchModel(PreTrainedModel, GenerationMixin):
         self.projection = mitigation.embedding(config)
         self.embedded = Site()
         self.blocks = nn.ModuleList(Block(config, mitigation, layer) for layer in range(config.layers))
-        self.norm = mitigation.norm(config)
+        self.norm = mitigation.norm(config, last=True)
         self.head = nn.Linear(config.width, config.vocab_size, bias=False)
         self.post_init()
 
@@ -269,10 +268,19 @@ def initialise(model: QuantbenchModel, seed: int) -> None:
 
 
 def cost(model: QuantbenchModel, length: int) -> dict[str, int]:
-    """Parameters, and FLOPs a training token: 6 a weight of a matrix product, and causal attention's two products."""
+    """Parameters, and FLOPs of training on one token of a sequence of `length`: 6 a multiply-add of matrix products.
+
+    Those of the Linears, of causal attention's two products, and of whatever module says that it has some
+    (`multiply_adds()`, a token). Learned tokens in front of a sequence are paid for by its own.
+    """
     products = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear))
-    attention = 6 * model.config.layers * model.config.width * length
-    return {"parameters": sum(p.numel() for p in model.parameters()), "flops-per-token": 6 * products + attention}
+    products += sum(m.multiply_adds() for m in model.modules() if hasattr(m, "multiply_adds"))
+    front = 0 if model.front is None else model.front(1).shape[1]
+    tokens = length + front
+    head = model.head.weight.numel() * front  # which does not read what stands in front
+    attention = model.config.layers * model.config.width * tokens
+    flops = 6 * ((products + attention) * tokens - head) // length
+    return {"parameters": sum(p.numel() for p in model.parameters()), "flops-per-token": flops}
 
 
 AutoConfig.register("quantbench", QuantbenchConfig, exist_ok=True)

@@ -125,7 +125,7 @@ class Doubled(RMSNorm):
 
 @dataclass(frozen=True)
 class DoubledNorm(Mitigation):
-    def norm(self, config: QuantbenchConfig) -> nn.Module:
+    def norm(self, config: QuantbenchConfig, last: bool = False) -> nn.Module:
         return Doubled(config.width)
 
 

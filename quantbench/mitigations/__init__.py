@@ -4,23 +4,21 @@ A mitigation is a frozen dataclass of parameters and the seams it overrides. A s
 model gets the model's config and returns a module; `prepare`, which comes after training, gets the model itself. Two
 mitigations combine where they override different seams.
 
-| seam | what it decides | what will take it |
+| seam | what it decides | who takes it |
 |---|---|---|
 | `inputs` | tokens in front of the sequence | registers |
 | `embedding` | between embedding and stream, stream and head; foldable | embedding-projection |
 | `norm` | a normalisation layer | single-scale-norm, outlier-protected-block |
 | `block` | how a sublayer's output joins the residual | outlier-protected-block |
 | `query_key` | queries and keys before positions | qk-norm, outlier-protected-block |
-| `weights` | scores -> weights of the values | relu-attention, sigmoid, softpick, clipped, softmax1, kv-bias, ... |
-| `output` | heads' outputs before the projection | gated-attn (both), value-gate, context-scale |
+| `weights` | scores -> weights of the values | relu-attention, softmax1, clipped-softmax, kv-bias, ... |
+| `output` | values before they are mixed, heads' outputs before the projection | gated-attention, value-gate, ... |
 | `optimizer` | how parameters move | adamw (controls), sgd, muon, ortho-adam |
 | `penalty` | a term of the training loss, left out of every loss that is logged or tuned on | peak-penalty |
 | `prepare` | after training, before quantizing | prefix-kv, smoothquant, hadamard, percentile-clip |
 
 `prepare` is no part of a checkpoint's key, so that post-hoc mitigations share the checkpoints of what they build on:
-the baseline's, or those of the pretraining mitigations that the same YAML names.
-kv-bias is a form (`weights`): it appends its column inside `attend`, never in the cache. value-gate's form that
-gates the source token scales the values inside `weights`, too. Bundles (osp) are only a YAML.
+the baseline's, or those of the pretraining mitigations that the same YAML names. Bundles (osp) are only a YAML.
 
 Shapes: B sequences, T tokens, D residual features, H heads, E features of a head, R tokens in front.
 """
@@ -87,9 +85,14 @@ class QueryKey(nn.Module):
 
 
 class Output(nn.Module):
-    """The heads' outputs as they are. x is what the attention read, v its value states."""
+    """Values and the heads' outputs as they are."""
+
+    def source(self, v_BHTE: Tensor) -> Tensor:
+        """Value states as they are cached and mixed."""
+        return v_BHTE
 
     def forward(self, y_BHTE: Tensor, x_BTD: Tensor, v_BHTE: Tensor) -> Tensor:
+        """The heads' outputs y as W_O reads them. x is what the attention read, v its tokens' own value states."""
         return y_BHTE
 
 
@@ -106,7 +109,8 @@ class Mitigation:
     def embedding(self, config: QuantbenchConfig) -> Projection:
         return Projection()
 
-    def norm(self, config: QuantbenchConfig) -> nn.Module:
+    def norm(self, config: QuantbenchConfig, last: bool = False) -> nn.Module:
+        """In front of each sublayer, and `last`, in front of the head."""
         # eps: 1e-5 for LayerNorm as in arXiv:2410.13835, 1e-6 for RMSNorm as in Llama.
         return {"rmsnorm": RMSNorm, "layernorm": LayerNorm}[config.norm](config.width)
 
@@ -171,6 +175,18 @@ class RMSNorm(nn.RMSNorm):
 class LayerNorm(nn.LayerNorm):
     def __init__(self, width: int) -> None:
         super().__init__(width, eps=1e-5, bias=True)
+
+
+class NormalisedQueryKey(QueryKey):
+    """Each head's queries and keys over their root mean square, times gains that the heads share."""
+
+    def __init__(self, features: int) -> None:
+        super().__init__()
+        self.query, self.key = RMSNorm(features), RMSNorm(features)
+
+    def forward(self, q_BTHE: Tensor, k_BTHE: Tensor) -> tuple[Tensor, Tensor]:
+        # In fp32, given back in the dtype that came, so that attention stays as fast as it was.
+        return self.query(q_BTHE.float()).to(q_BTHE.dtype), self.key(k_BTHE.float()).to(k_BTHE.dtype)
 
 
 def decoupled_adam(
