@@ -12,7 +12,7 @@ from tiny import ENTRIES, EVERY, MODELS, RECIPES, Mitigations, gaussian, ids, mo
 from torch import Tensor, nn
 
 from quantbench import catalog
-from quantbench.attention import Softmax, causal, scores
+from quantbench.attention import Form, Softmax, attend, causal
 from quantbench.mitigations import SEAMS, Mitigation, Settings, by_shape, combine, seams
 from quantbench.mitigations.adamw import AdamW
 from quantbench.mitigations.relu_attention import Relu, ReluAttention
@@ -42,8 +42,8 @@ def trained(
     return done.losses, done.model.state_dict()
 
 
-def form(mitigations: Mitigations, heads: int) -> nn.Module:
-    config = QuantbenchConfig(mitigations=mitigations, width=64 * heads, heads=heads)
+def form(mitigations: Mitigations, heads: int, features: int = 16) -> Form:
+    config = QuantbenchConfig(mitigations=mitigations, width=features * heads, heads=heads)
     return config.mitigation().weights(config)
 
 
@@ -117,7 +117,7 @@ def test_weights_are_finite_in_bf16_whatever_the_scores(mitigations: Mitigations
 
 @models
 def test_gradients_are_those_of_finite_differences(mitigations: Mitigations) -> None:
-    attention = form(mitigations, heads=2).double()
+    attention = form(mitigations, heads=2, features=6).double()
     learned = tuple(attention.parameters())
     scores_BHTS = gaussian(1, 2, 4, 4, dtype=torch.float64).requires_grad_()
     assert torch.autograd.gradcheck(lambda s, *_: attention(s, causal(4, CPU)), (scores_BHTS, *learned))
@@ -129,7 +129,7 @@ def test_gradients_are_those_of_finite_differences(mitigations: Mitigations) -> 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_the_fast_way_is_the_formula(mitigations: Mitigations, dtype: torch.dtype) -> None:
     """Outputs and gradients, at lengths on both sides of the fast ways' blocks."""
-    attention = form(mitigations, heads=2).to(torch.promote_types(dtype, torch.float32))
+    attention = form(mitigations, heads=2, features=8).to(torch.promote_types(dtype, torch.float32))
     for parameter in attention.parameters():
         nn.init.normal_(parameter, generator=torch.Generator().manual_seed(0))
     close = {"rtol": 2e-2, "atol": 4e-2} if dtype == torch.bfloat16 else {"rtol": 1e-4, "atol": 1e-5}
@@ -137,15 +137,19 @@ def test_the_fast_way_is_the_formula(mitigations: Mitigations, dtype: torch.dtyp
         q, k, v, dy = (gaussian(2, 2, length, 8, seed=seed).to(dtype) for seed in range(4))
         leaves = [x.requires_grad_() for x in (q, k, v, *attention.parameters())]
         fast = attention.attend(q, k, v, None)
-        slow = attention(scores(q.double(), k.double()), causal(length, CPU)) @ v.double()
+        slow = attend(attention, q.double(), k.double(), v.double(), None)
         torch.testing.assert_close(fast.double(), slow, **close)
         for got, expected in zip(*(torch.autograd.grad(y, leaves, dy.to(y.dtype)) for y in (fast, slow)), strict=True):
-            torch.testing.assert_close(got, expected, **close)
+            if dtype == torch.bfloat16 and "clipped-softmax" in mitigations:  # a weight near a clip may fall on its
+                far = ~torch.isclose(got, expected, **close)  # other side, where it has no gradient
+                assert far.double().mean() < 0.01
+            else:
+                torch.testing.assert_close(got, expected, **close)
 
 
 @models
 def test_the_fast_way_runs_under_autocast_in_its_dtype(mitigations: Mitigations) -> None:
-    attention = form(mitigations, heads=2)
+    attention = form(mitigations, heads=2, features=8)
     q, k, v = (gaussian(2, 2, 20, 8, seed=seed) for seed in range(3))
     with torch.autocast("cpu", torch.bfloat16):
         low = attention.attend(q, k, v, None)
