@@ -36,8 +36,8 @@ if TYPE_CHECKING:
 VERSIONS = {"pretrain": 2, "measure": 2, "quantize": 2}
 
 # What of a track a checkpoint does not depend on, and what does not make two tables two.
-AFTER_PRETRAINING = ("title", "seeds", "quantizers", "metrics", "rank-by", "evaluate", "checkpoint")
-COSMETIC = ("title", "seeds", "checkpoint")
+AFTER_PRETRAINING = ("title", "seeds", "extra-seeds", "quantizers", "metrics", "rank-by", "evaluate", "checkpoint")
+COSMETIC = ("title", "seeds", "extra-seeds", "checkpoint")
 
 Say = Callable[[str, int, int, str], None]  # (stage, done, of, detail)
 
@@ -352,10 +352,11 @@ def pretraining_part(track: Track) -> dict[str, Any]:
 
 
 def first_seeds(track: Track, count: int) -> tuple[int, ...]:
-    """The first `count` seeds of a track; ValueError where it has fewer."""
-    if not 1 <= count <= len(track.seeds):
-        raise ValueError(f"--seeds {count}: the track has {len(track.seeds)} seeds; ask for 1 to {len(track.seeds)}")
-    return track.seeds[:count]
+    """The first `count` seeds of a track, its extra ones last; ValueError where it has fewer."""
+    every = track.seeds + track.extra_seeds
+    if not 1 <= count <= len(every):
+        raise ValueError(f"--seeds {count}: the track has {len(every)} seeds; ask for 1 to {len(every)}")
+    return every[:count]
 
 
 def default_jobs() -> int:

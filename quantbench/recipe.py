@@ -104,6 +104,7 @@ class Track:
     decay: Annotated[float, Range(0.0, 1.0)] = 0.3  # the share of the steps, at the end, over which lr falls to 0
     precision: Literal["fp32", "bf16"] = "fp32"
     seeds: tuple[Annotated[int, Range(0, 2**31 - 1)], ...] = (0, 1, 2, 3, 4)
+    extra_seeds: tuple[Annotated[int, Range(0, 2**31 - 1)], ...] = ()  # that a row may have beyond what is due
     evaluate: Evaluate = field(default_factory=Evaluate)
     timeline: Annotated[int, Range(0, 1000)] = 12  # how many log-spaced steps the three signatures are logged at
     checkpoint: Annotated[int, Range(1, 100_000_000)] = 500  # steps between checkpoints
@@ -118,6 +119,8 @@ class Track:
             raise KeyedError("'rank-by' must be {damage: quantizer}", "rank-by")
         if not self.seeds or len(set(self.seeds)) < len(self.seeds):
             raise KeyedError("'seeds' must be different, and at least one", "seeds")
+        if len({*self.seeds, *self.extra_seeds}) < len(self.seeds + self.extra_seeds):
+            raise KeyedError("'extra-seeds' must be different, and none of 'seeds'", "extra-seeds")
         if self.warmup > self.steps:
             raise KeyedError(f"'warmup' ({self.warmup}) must be at most 'steps' ({self.steps})", "warmup", "steps")
 

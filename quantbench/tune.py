@@ -37,7 +37,7 @@ def tune(
     Three points around `baseline_lr`; five around its own where it has another optimizer.
     ValueError for a recipe that trains nothing of its own.
     """
-    assert SEED not in track.seeds
+    assert SEED not in track.seeds + track.extra_seeds
     if recipe.mitigations and len(bench.post_hoc(recipe)) == len(recipe.mitigations):
         raise ValueError(f"{name}: all it changes comes after pretraining; it states the learning rate of the baseline")
     other = any("optimizer" in seams(mitigation) for mitigation in recipe.mitigations.values())  # type: ignore[arg-type]

@@ -257,7 +257,7 @@ def test_the_verbs_and_their_flags_are_those_that_people_know() -> None:
         for verb, parser in verbs.choices.items()  # type: ignore[union-attr]
     }
     assert flags == {
-        "bench": ["--accept", "--dry-run", "--jobs", "--results", "--seeds", "--set", "--track"],
+        "bench": ["--accept", "--alone", "--dry-run", "--jobs", "--results", "--seeds", "--set", "--track"],
         "sites": ["--accept", "--jobs", "--json", "--quantizer", "--results", "--seeds", "--track"],
         "export": ["--quantizer", "--seed", "--to", "--track"],
         "tune": ["--jobs", "--results", "--track"],

@@ -254,6 +254,12 @@ def test_a_dry_run_says_what_would_run_and_writes_nothing(project: Path, capsys:
     assert tree(project) == before
 
 
+def test_alone_leaves_the_baseline_out_and_more_seeds_are_the_extra_ones(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "sgd", "--track", "text", "--seeds", "7", "--alone", "--dry-run"]) == 0
+    *jobs, _ = capsys.readouterr().out.splitlines()
+    assert [line.partition(":")[0] for line in jobs] == [f"sgd seed {seed}" for seed in range(7)]
+
+
 def test_set_is_for_exploring(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Never onto the leaderboard, whatever folder is asked for; other settings go to another folder."""
     wheres = set()

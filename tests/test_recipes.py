@@ -370,6 +370,7 @@ TRACKS: list[tuple[int, str, str, str]] = [
     (9, "seeds: [a: 1]", "9:9", "not a mapping"),
     (9, "seeds: []", "9:1", "'seeds' must be different, and at least one"),
     (9, "seeds: [3, 3]", "9:1", "'seeds' must be different"),
+    (9, "extra-seeds: [5, 1]", "9:1", "'extra-seeds' must be different, and none of 'seeds'"),
     (9, "betas: [0.9]", "9:8", "'betas' must be a list of 2: "),
     (9, "betas: [0.9, 0.9, 0.9]", "9:8", "not of 3"),
     (9, "betas: []", "9:8", "not of 0"),
