@@ -25,6 +25,7 @@ from quantbench.store import atomic_write
 
 BEGIN, END = "<!-- leaderboard:begin -->", "<!-- leaderboard:end -->"
 HEADLINE_TRACK = "text"
+WIDE = 8  # columns of a table of quantizers
 SIGNATURES = ("residual-peak", "bos-attention", "value-drain")
 
 Table = tuple[list[str], list[list[str]]]  # a header, and rows of as many cells
@@ -220,11 +221,15 @@ def main_table(track: Board) -> Table:
     return header, rows
 
 
-def damage_table(track: Board) -> Table:
-    """The damage of every quantizer, nats per token."""
+def damage_tables(track: Board) -> list[Table]:
+    """The damage of the quantizers that have no place on the map, nats per token, `WIDE` of them a table."""
+    mapped = set(_placed(track).values())
+    names = [name for name in track.quantizers if name not in mapped]
     rows = [row for row in track.rows if row.records]
-    body = [[quantizer, *(_text(row.quantized(quantizer, "damage")) for row in rows)] for quantizer in track.quantizers]
-    return ["quantizer", *(row.name for row in rows)], body
+    return [
+        (["recipe", *some], [[row.name, *(_text(row.quantized(name, "damage")) for name in some)] for row in rows])
+        for some in (names[i : i + WIDE] for i in range(0, len(names), WIDE))
+    ]
 
 
 def map_tables(track: Board) -> dict[int, Table]:
@@ -488,10 +493,11 @@ def _pictures(track: Board, related: dict[str, Any]) -> dict[str, tuple[bytes, s
 
 def _section(track: Board, related: dict[str, Any], pictures: dict[str, str]) -> str:
     parts = [f"## {_escape(track.title)} (`{track.name}`)", _markdown(main_table(track))]
-    parts += ["### Damage under every quantizer", _markdown(damage_table(track))]
     if maps := map_tables(track):
         parts += ["### The map: scope of the ranges × residual stream × bits", MAP_LEGEND, separating(track)]
         parts += [f"W{bits}A{bits}\n\n{_markdown(table)}" for bits, table in maps.items()]
+    if others := damage_tables(track):
+        parts += [f"### Damage under {'the other quantizers' if maps else 'every quantizer'}", *map(_markdown, others)]
     parts += ["### Full-precision quality and cost", _markdown(quality_table(track))]
     harness = harness_table(track)
     if harness[1]:
