@@ -1,4 +1,4 @@
-"""Clipped softmax: a weight can be exactly 0 at finite logits, so nothing has to grow to say nothing (arXiv:2306.12929).
+"""Clipped softmax: a weight can be exactly 0 at finite logits: nothing must grow to say nothing (arXiv:2306.12929).
 
     A = clip((zeta - gamma) softmax(z) + gamma, 0, 1),    gamma = -alpha / T,    T the length of the track
 

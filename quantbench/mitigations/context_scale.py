@@ -2,8 +2,8 @@
 
     y'_h = y_h * 2 sigmoid(x w_h)        w_h [D], x the normalised residual state that the attention reads
 
-What it changes: the heads' outputs. It differs from a gate a head by the 2, which leaves a head as it was where x w_h = 0.
-It adds D H parameters a layer and as many multiply-adds a token; nothing is to be folded.
+What it changes: the heads' outputs. It differs from a gate a head by the 2, which leaves a head as it was where x w_h =
+0. It adds D H parameters a layer and as many multiply-adds a token; nothing is to be folded.
 """
 
 from dataclasses import dataclass

@@ -4,8 +4,8 @@
 
 x is the normalised residual state that the attention reads, y the heads' outputs before the projection.
 
-What it changes: the heads' outputs. It adds D^2 parameters a layer (elementwise; the paper's choice) or D H, and as many
-multiply-adds a token; nothing is to be folded. The gate's Linear is quantized as every other one.
+What it changes: the heads' outputs. It adds D^2 parameters a layer (elementwise; the paper's choice) or D H, and as
+many multiply-adds a token; nothing is to be folded. The gate's Linear is quantized as every other one.
 """
 
 from dataclasses import dataclass

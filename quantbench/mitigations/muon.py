@@ -3,12 +3,12 @@
     m <- momentum m + (1 - momentum) g;    W <- W - lr .2 sqrt(max(rows, columns)) NS(g + momentum (m - g))
 
 NS: five Newton-Schulz steps towards the nearest (semi-)orthogonal matrix (Jordan 2024), scaled to the size of Adam's
-steps (arXiv:2502.16982), which makes AdamW's learning rates and decay apply. It is torch's own. Embeddings, head, norms,
-biases and whatever is no Linear's weight stay with the track's AdamW. Fused matrices (queries, keys and values; gate and
-up) are orthogonalised as one.
+steps (arXiv:2502.16982), which makes AdamW's learning rates and decay apply. It is torch's own. Embeddings, head,
+norms, biases and whatever is no Linear's weight stay with the track's AdamW. Fused matrices (queries, keys and values;
+gate and up) are orthogonalised as one.
 
-What it changes: how parameters move. Costs nothing at inference; one state a parameter instead of two, and some 15 small
-matrix products a matrix a step. On its own the evidence is contested (arXiv:2506.19697, arXiv:2509.23500).
+What it changes: how parameters move. Costs nothing at inference; one state a parameter instead of two, and some 15
+small matrix products a matrix a step. On its own the evidence is contested (arXiv:2506.19697, arXiv:2509.23500).
 """
 
 from collections.abc import Callable

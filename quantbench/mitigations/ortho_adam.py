@@ -2,9 +2,9 @@
 
     g' = Q g;    m, s <- Adam's moments of g';    w <- w - lr Q^T (m^ / (sqrt(s^) + eps))
 
-Q is orthogonal, fixed and random. The paper's Q acts on the whole parameter; of a matrix here it is the Kronecker product
-of one for the rows and one for the columns, which is what can be stored: g' = Q_rows g Q_columns^T. A side longer than
-`largest` (a vocabulary) keeps its axes.
+Q is orthogonal, fixed and random. The paper's Q acts on the whole parameter; of a matrix here it is the Kronecker
+product of one for the rows and one for the columns, which is what can be stored: g' = Q_rows g Q_columns^T. A side
+longer than `largest` (a vocabulary) keeps its axes.
 
 What it changes: how parameters move. Weight decay commutes with Q and is the track's. Costs nothing at inference; four
 matrix products a matrix a step, and the bases (drawn from `seed`, and never stored) in memory.

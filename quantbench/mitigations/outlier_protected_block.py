@@ -2,9 +2,9 @@
 
     h <- h + beta f(h),    beta a learned number a sublayer, starting at 1 / sqrt(2 layers)
 
-f is attention or MLP without a norm in front; queries and keys are normalised instead (QK-norm), which keeps attention's
-entropy. The norm in front of the head stays. The paper's starting value of beta was not seen; it is of order
-1 / sqrt(depth) there.
+f is attention or MLP without a norm in front; queries and keys are normalised instead (QK-norm), which keeps
+attention's entropy. The norm in front of the head stays. The paper's starting value of beta was not seen; it is of
+order 1 / sqrt(depth) there.
 
 What it changes: norms, the residual connection, queries and keys. It has 2 D parameters a layer fewer and 2 E + 2 more;
 beta folds into the projections that write the stream.

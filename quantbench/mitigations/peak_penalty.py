@@ -3,10 +3,11 @@
     loss + weight * mean over blocks, tokens and features of (|h| / (tau + eps))^power
 
 h are the blocks' outputs. `relative` measures |h| in units of each output's own root mean square, without a gradient
-through it: in a model whose ordinary states are of size tau already (embeddings of N(0, 1), as on the track `text`), the
-absolute form would fight the stream and not its peaks.
+through it: in a model whose ordinary states are of size tau already (embeddings of N(0, 1), as on the track `text`),
+the absolute form would fight the stream and not its peaks.
 
-What it changes: the gradient. The term is left out of every loss that is logged or tuned on. Costs nothing at inference.
+What it changes: the gradient. The term is left out of every loss that is logged or tuned on. Costs nothing at
+inference.
 """
 
 from collections.abc import Sequence

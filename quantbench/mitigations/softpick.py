@@ -6,8 +6,8 @@ in a form that neither overflows nor, where all logits are far below 0, loses it
 
     A[i, j] = relu(e^(z_ij - m) - e^-m) / (sum_k |e^(z_ik - m) - e^-m| + eps e^-m)
 
-What it changes: the form of attention. It adds no parameters, some passes over the scores, and is nothing to fold. A key
-with a negative logit gets nothing, and takes from the others.
+What it changes: the form of attention. It adds no parameters, some passes over the scores, and is nothing to fold. A
+key with a negative logit gets nothing, and takes from the others.
 """
 
 from dataclasses import dataclass

@@ -3,8 +3,8 @@
     output    y'_i = g_i y_i                        g_i = sigmoid(v_i . w_h) of the query's own token (their appendix)
     source    y'_i = sum_j A_ij g_j v_j             g_j of the token that is read (their main text)
 
-What it changes: the heads' outputs, or the values before they are mixed (and cached). It adds D parameters a layer and D
-multiply-adds a token; nothing is to be folded, and no quantizer here rounds the gate.
+What it changes: the heads' outputs, or the values before they are mixed (and cached). It adds D parameters a layer and
+D multiply-adds a token; nothing is to be folded, and no quantizer here rounds the gate.
 """
 
 from dataclasses import dataclass
