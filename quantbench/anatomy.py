@@ -20,6 +20,10 @@ SITES = ("inputs", "residual", "norms", *HEADS)  # inputs: of the Linears inside
 class Site(nn.Module):
     """A named place where a tensor passes and can be read or replaced by a forward hook; else the identity."""
 
+    def __init__(self, appended: int = 0) -> None:
+        super().__init__()
+        self.appended = appended  # of scores and probabilities: the last columns, whose keys are learned ones
+
     def forward(self, x: Tensor) -> Tensor:
         return x
 
@@ -77,6 +81,7 @@ class Anatomy:
     heads: list[Heads]  # one a block; empty where the model has no sites inside its attention
     places: dict[str, dict[str, nn.Module]]  # kind of site -> place -> the module whose output passes there
     stream: Stream | None = None  # None where norms do not stand in front of the sublayers
+    front: int = 0  # learned tokens before every sequence: positions of the stream, the last of them before BOS
 
     def sites(self, kind: str) -> dict[str, nn.Module]:
         """The places of one kind of SITES but `inputs`; ValueError where the model does not show it."""
@@ -119,7 +124,8 @@ def anatomy(model: Any) -> Anatomy:
         reads = {"attention_norm": ["attention.qkv", *(f"attention.output.{name}" for name in gates)],
                  "mlp_norm": ["mlp.up"]}  # fmt: skip
         stream = _stream(blocks, tables, reads, model.norm, ["attention.out"], "mlp.down")
-        return Anatomy(model.embed, model.embedded, blocks, model.head, heads, _places(blocks, places), stream)
+        found = _places(blocks, places)
+        return Anatomy(model.embed, model.embedded, blocks, model.head, heads, found, stream, model.registers)
     if kind in ("llama", "mistral", "qwen2", "qwen3", "olmo", "olmo2"):
         blocks = list(model.model.layers)
         places = {

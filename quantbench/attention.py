@@ -32,6 +32,8 @@ def scores(q_BHTE: Tensor, k_BHSE: Tensor) -> Tensor:
 class Form(nn.Module):
     """The contract of an attention form."""
 
+    appended: int = 0  # keys that `extend` appends
+
     def forward(self, scores_BHTS: Tensor, visible: Tensor) -> Tensor:
         """Weights of the values, 0 where not visible, [B, H, T, S]."""
         raise NotImplementedError

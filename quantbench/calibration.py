@@ -49,15 +49,19 @@ class Exemption:
             assert got == expected, f"positions {expected} are marked exempt, but a Linear or block sees {got}"
         return self.mask_BT
 
-    def spread(self, x: Tensor, kind: str) -> Tensor | None:
-        """The mask as it broadcasts against a site's tensor: [B, T, K], [B, H, T, E] or, of pairs, [B, H, T, S]."""
+    def spread(self, x: Tensor, kind: str, appended: int = 0) -> Tensor | None:
+        """The mask as it broadcasts against a site's tensor: [B, T, K], [B, H, T, E] or, of pairs, [B, H, T, S].
+
+        The last `appended` of the S keys are learned ones, which like cached ones (the first) are never exempt.
+        """
         if self.mask_BT is None or x.ndim == 3:
             mask_BT = self.mask_for(x)
             return None if mask_BT is None else mask_BT.unsqueeze(-1)
         queries_B1T1 = self.mask_BT[:, None, :, None]
         if kind not in PAIRS:
             return queries_B1T1
-        keys_BS = F.pad(self.mask_BT, (x.shape[-1] - x.shape[-2], 0), value=False)  # cached ones are never exempt
+        cached = x.shape[-1] - appended - x.shape[-2]
+        keys_BS = F.pad(self.mask_BT, (cached, appended), value=False)
         return queries_B1T1 | keys_BS[:, None, None, :]
 
 
@@ -71,21 +75,30 @@ class Calibration:
     percent: float = 100.0  # under the rule `percentile`
 
 
-def what_counts(x: Tensor, kind: str, exemption: Exemption) -> Tensor:
+def what_counts(x: Tensor, kind: str, exemption: Exemption, appended: int = 0) -> Tensor:
     """A site's tensor with 0 where a value counts for no range: see `uncounted`."""
     if kind in PAIRS:
+        learned, x = x[..., x.shape[-1] - appended :], x[..., : x.shape[-1] - appended]
         x = x.tril(x.shape[-1] - x.shape[-2])
-    exempt = exemption.spread(x, kind)
+        x = torch.cat((x, learned), -1) if appended else x
+    exempt = exemption.spread(x, kind, appended)
     return x if exempt is None else x.masked_fill(exempt, 0.0)
 
 
-def uncounted(x: Tensor, kind: str, exemption: Exemption) -> Tensor | None:
+def uncounted(x: Tensor, kind: str, exemption: Exemption, appended: int = 0) -> Tensor | None:
     """Which values count for no range, as they broadcast: exempt positions, keys that come after the query."""
-    exempt = exemption.spread(x, kind)
+    exempt = exemption.spread(x, kind, appended)
     if kind not in PAIRS:
         return exempt
-    future_TS = torch.ones(x.shape[-2:], dtype=torch.bool, device=x.device).triu(x.shape[-1] - x.shape[-2] + 1)
+    T, S = x.shape[-2], x.shape[-1] - appended
+    future_TS = torch.ones(T, S, dtype=torch.bool, device=x.device).triu(S - T + 1)
+    future_TS = F.pad(future_TS, (0, appended), value=False)
     return future_TS if exempt is None else exempt | future_TS
+
+
+def learned_keys(module: nn.Module) -> int:
+    """How many of the last columns that pass a site of pairs are those of learned keys."""
+    return getattr(module, "appended", 0)
 
 
 Show = Callable[[str, Tensor, Tensor | None], None]  # (place, x [..., K], what of it is `uncounted`)
@@ -124,8 +137,10 @@ def places(parts: Anatomy, kind: str) -> dict[str, nn.Module]:
 
 
 def _hook(module: nn.Module, kind: str, place: str, exemption: Exemption, show: Show) -> Any:
+    appended = learned_keys(module)
+
     def see(x: Tensor) -> None:
-        show(place, what_counts(x, kind, exemption), uncounted(x, kind, exemption))
+        show(place, what_counts(x, kind, exemption, appended), uncounted(x, kind, exemption, appended))
 
     def before(module: nn.Module, args: Any) -> None:
         see(args[0])

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from quantbench.calibration import Calibration
-from quantbench.mitigations import Mitigation
+from quantbench.mitigations import Mitigation, fold_projection
 from quantbench.quantizers import Quantizer
 from quantbench.recipe import Track
 from quantbench.tasks import Data
@@ -53,6 +53,7 @@ class Reference:
         calibration_NT = self.data.calibration(CALIBRATION_BATCH * self.track.evaluate.calibration, self.track.length)
         self.calibration = list(torch.from_numpy(calibration_NT)[:, :-1].to(self.device).split(CALIBRATION_BATCH))
         self._kept: dict[int, Tensor] = {}
+        fold_projection(self.model)
         self.prepared = self.mitigation.prepare(
             self.model, Calibration([(ids_BT, None) for ids_BT in self.calibration])
         )

@@ -23,7 +23,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from quantbench import catalog
 from quantbench.anatomy import Site
 from quantbench.attention import attend, causal
-from quantbench.mitigations import Mitigation, combine
+from quantbench.mitigations import Mitigation, Projection, combine
 
 
 class QuantbenchConfig(PreTrainedConfig):
@@ -50,6 +50,7 @@ class QuantbenchConfig(PreTrainedConfig):
         embedding_std: float = 1.0,
         max_position_embeddings: int = 128,
         mitigations: dict[str, dict[str, Any]] | None = None,
+        folded: bool = False,
         **kwargs: Any,
     ) -> None:
         self.vocab_size = vocab_size
@@ -63,6 +64,7 @@ class QuantbenchConfig(PreTrainedConfig):
         self.embedding_std = embedding_std
         self.max_position_embeddings = max_position_embeddings
         self.mitigations = mitigations or {}
+        self.folded = folded  # the embedding projection is in the table and the head already
         super().__init__(**{"bos_token_id": 0, "tie_word_embeddings": False, "use_cache": True} | kwargs)
 
     def mitigation(self) -> Mitigation:
@@ -82,7 +84,8 @@ class Attention(nn.Module):
         self.form = mitigation.weights(config)
         self.output = mitigation.output(config)
         self.keys, self.values = Site(), Site()
-        self.scores, self.probabilities, self.products = Site(), Site(), Site()
+        self.scores, self.probabilities = Site(self.form.appended), Site(self.form.appended)
+        self.products = Site()
 
     def forward(self, x_BTD: Tensor, turn: Tensor | None, visible: Tensor | None, cache: Cache | None) -> Tensor:
         B, T, D = x_BTD.shape
@@ -147,9 +150,9 @@ class QuantbenchModel(PreTrainedModel, GenerationMixin):
         mitigation = config.mitigation()
         self.embed = nn.Embedding(config.vocab_size, config.width)
         self.front = mitigation.inputs(config)
-        places = config.max_position_embeddings + (0 if self.front is None else self.front(1).shape[1])
+        places = config.max_position_embeddings + self.registers
         self.places = nn.Embedding(places, config.width) if config.positions == "learned" else None
-        self.projection = mitigation.embedding(config)
+        self.projection = Projection() if config.folded else mitigation.embedding(config)
         self.embedded = Site()
         self.blocks = nn.ModuleList(Block(config, mitigation, layer) for layer in range(config.layers))
         self.norm = mitigation.norm(config, last=True)
@@ -158,6 +161,11 @@ class QuantbenchModel(PreTrainedModel, GenerationMixin):
 
     def _init_weights(self, module: nn.Module) -> None:
         """Nothing: torch's defaults stand until `initialise` or a checkpoint sets every parameter."""
+
+    @property
+    def registers(self) -> int:
+        """How many learned tokens stand in front of every sequence, and so in front of every cache."""
+        return 0 if self.front is None else self.front(1).shape[1]
 
     def get_input_embeddings(self) -> nn.Embedding:
         return self.embed
@@ -211,6 +219,12 @@ class QuantbenchModel(PreTrainedModel, GenerationMixin):
         if labels is not None:
             loss = F.cross_entropy(logits_BTV[:, :-1].float().flatten(0, 1), labels[:, 1:].flatten())
         return CausalLMOutputWithPast(loss=loss, logits=logits_BTV, past_key_values=past_key_values)
+
+    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> Any:
+        """As transformers has it, which takes every column of a cache that is gone on from to be an id's."""
+        if kwargs.get("is_first_iteration") and kwargs.get("next_sequence_length") is not None:
+            kwargs["next_sequence_length"] += self.registers
+        return super().prepare_inputs_for_generation(*args, **kwargs)  # type: ignore[misc]
 
 
 def rotation(positions_BT: Tensor, features: int) -> Tensor:
@@ -275,9 +289,8 @@ def cost(model: QuantbenchModel, length: int) -> dict[str, int]:
     """
     products = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear))
     products += sum(m.multiply_adds() for m in model.modules() if hasattr(m, "multiply_adds"))
-    front = 0 if model.front is None else model.front(1).shape[1]
-    tokens = length + front
-    head = model.head.weight.numel() * front  # which does not read what stands in front
+    tokens = length + model.registers
+    head = model.head.weight.numel() * model.registers  # which does not read what stands in front
     attention = model.config.layers * model.config.width * tokens
     flops = 6 * ((products + attention) * tokens - head) // length
     return {"parameters": sum(p.numel() for p in model.parameters()), "flops-per-token": flops}

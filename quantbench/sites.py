@@ -42,7 +42,7 @@ from torch import Tensor, nn
 from quantbench import bench
 from quantbench.anatomy import anatomy
 from quantbench.bench import Job, Say, from_json, to_json
-from quantbench.calibration import PAIRS, Calibration, Exemption, places, spans, what_counts
+from quantbench.calibration import PAIRS, Calibration, Exemption, learned_keys, places, spans, what_counts
 from quantbench.evaluate import Reference, log_probabilities, nll
 from quantbench.metrics import finite
 from quantbench.quantizers import FULL, Chosen, Rounding
@@ -313,7 +313,8 @@ def rounding_errors(
         for place, module in places(anatomy(reference.model), kind).items():
             rounding = Rounding(quantizer.activations, quantizer.range, ranges.get(place), quantizer.symmetric)
             energies[place] = torch.zeros(2, 2, dtype=torch.float64)
-            wires.append((module, partial(_add_energies, kind, rounding, energies[place]), kind == "inputs"))
+            watch = partial(_add_energies, kind, learned_keys(module), rounding, energies[place])
+            wires.append((module, watch, kind == "inputs"))
     for ids_BT, mask_BT in zip(reference.batches, masks, strict=True):
         seen = [(module, partial(watch, mask_BT), at_input) for module, watch, at_input in wires]
         with full_precision(reference.model), hooked(seen):
@@ -324,11 +325,11 @@ def rounding_errors(
     }
 
 
-def _add_energies(kind: str, rounding: Rounding, energies: Tensor, mask_BT: Tensor, x: Tensor) -> None:
-    counted = what_counts(x, kind, Exemption())
+def _add_energies(kind: str, appended: int, rounding: Rounding, energies: Tensor, mask_BT: Tensor, x: Tensor) -> None:
+    counted = what_counts(x, kind, Exemption(), appended)
     noise = x - rounding(x, counted)
     if kind in PAIRS:  # keys that come after the query count for nothing
-        noise = what_counts(noise, kind, Exemption())
+        noise = what_counts(noise, kind, Exemption(), appended)
     for column, tensor in enumerate((counted, noise)):
         energy = tensor.double().square().sum(-1)
         energy_BT = energy if energy.ndim == 2 else energy.sum(1)  # over heads

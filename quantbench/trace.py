@@ -48,6 +48,8 @@ def observe(
         if inside := _inside(metrics):
             observe(model.inner, map(model.whole, batches), inside, parts)
         metrics = [metric for metric in metrics if metric not in inside]
+    for metric in metrics:
+        metric.front = 0 if isinstance(model, Prefixed) else parts.front
     length = None
     with full_precision(model), hooked(_wires(parts, metrics)):
         for ids_BT in batches:
@@ -205,7 +207,7 @@ def peak_norms(model: nn.Module, ids_BT: Tensor, parts: Anatomy | None = None) -
 
 @dataclass(frozen=True)
 class ExtremeRule:
-    """Which tokens are extreme: the norm after block `layer` exceeds `threshold`. Position 0 always is where it is BOS.
+    """Which tokens are extreme: the norm after block `layer` exceeds `threshold`. BOS always is.
 
     Masks are those of the residual stream: learned tokens in front of a sequence are positions too, a cached prefix
     is none.
@@ -213,13 +215,13 @@ class ExtremeRule:
 
     layer: int
     threshold: float
-    first: bool = True  # whether position 0 is BOS
+    bos: int | None = 0  # its position; None where it is in a cached prefix
 
     def of(self, hidden_BTD: Tensor) -> Tensor:
         """Bool [B, T] from the full-precision residual stream after block `layer`."""
         mask_BT = Activations(hidden_BTD).norms_BT > self.threshold
-        if self.first:
-            mask_BT[:, 0] = True
+        if self.bos is not None:
+            mask_BT[:, self.bos] = True
         return mask_BT
 
     def mask(self, model: nn.Module, ids_BT: Tensor, parts: Anatomy | None = None) -> Tensor:
@@ -235,10 +237,11 @@ def extreme_tokens(
 
     ValueError where no layer has one (no sequences, all norms zero, or the model overflows).
     """
+    parts = anatomy(model) if parts is None else parts
     norms = [peak_norms(model, ids_BT, parts).double().cpu() for ids_BT in calibration_batches]
     if not norms:
         raise ValueError("extreme tokens: no calibration sequences; raise evaluate.calibration of the track")
-    return ExtremeRule(*peak_layer(torch.cat(norms, 1)), first=not isinstance(model, Prefixed))
+    return ExtremeRule(*peak_layer(torch.cat(norms, 1)), None if isinstance(model, Prefixed) else parts.front)
 
 
 def random_mask(mask_BT: Tensor, generator: Generator) -> Tensor:

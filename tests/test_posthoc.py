@@ -20,7 +20,7 @@ from quantbench.anatomy import anatomy
 from quantbench.bench import Job, experiment, post_hoc
 from quantbench.calibration import Calibration, spans
 from quantbench.evaluate import Reference, full_precision, harness, quantized
-from quantbench.mitigations import Mitigation, Projection, seams
+from quantbench.mitigations import Mitigation, Output, Projection, seams
 from quantbench.mitigations.hadamard import Hadamard, hadamard, rotation
 from quantbench.mitigations.percentile_clip import PercentileClip
 from quantbench.mitigations.prefix_kv import Behind, PrefixKV
@@ -66,7 +66,7 @@ def llama(**changes: Any) -> LlamaForCausalLM:
     return drawn(decoder)
 
 
-class Gate(nn.Module):
+class Gate(Output):
     """A gate on the heads' outputs that reads what the attention reads."""
 
     def __init__(self) -> None:

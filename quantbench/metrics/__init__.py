@@ -5,7 +5,9 @@ activation, and says at the end what it found. `trace.measure` feeds it, batch b
 places that some metric observes.
 
 Shapes: B sequences, T tokens, D residual features, H query heads, E features of a head, L layers.
-Layer 0 is the first block. Position 0 is BOS where sequences begin with one.
+Layer 0 is the first block. Sequences begin with BOS, at position 0, or behind the learned tokens that some models put
+in front of every sequence: at position `front`. What is said of BOS is said of it wherever it stands; in every other
+respect the learned tokens are tokens as all are, so that a peak or a sink that moved to one of them shows.
 """
 
 import math
@@ -55,6 +57,7 @@ class Metric:
 
     title: str  # one line for a table's legend: what it is, with the author whose definition it is
     version: int = 1  # bumped by hand when its numbers change: it is part of the cells' keys
+    front: int = 0  # learned tokens in front of BOS, of the model that is observed
 
     def tokens(self, ids_BT: Tensor) -> None:
         """The ids of the batch that comes next: for a metric that treats some tokens apart."""
@@ -79,6 +82,10 @@ class Metric:
 
     def result(self) -> Reading:
         raise NotImplementedError
+
+    def counted(self) -> dict[str, float | int | None]:
+        """What stands beside a position that a reading names: how many learned tokens it counts, if there are any."""
+        return {"front": self.front} if self.front else {}
 
 
 class LayerMean:

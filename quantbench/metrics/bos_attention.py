@@ -1,8 +1,9 @@
 """Attention to BOS: the mean of A[i, 0] over layers, heads and queries i >= 1 (Guo et al., arXiv:2410.13835).
 
-Absolute mass, never renormalised. Learned keys, which a form may append beyond the T columns, are counted
-apart (`learned-keys`: the mass they draw). On Bigram-Backcopy the paper leaves out queries that are triggers,
-at which a head is active and so looks elsewhere: give their ids as `triggers`.
+Absolute mass, never renormalised. Learned keys, which a form may append beyond the T columns, are counted apart
+(`learned-keys`: the mass they draw), and so are learned tokens in front (`registers`), which are no queries. On
+Bigram-Backcopy the paper leaves out queries that are triggers, at which a head is active and so looks elsewhere: give
+their ids as `triggers`.
 """
 
 from collections.abc import Iterable
@@ -19,24 +20,25 @@ class BosAttention(Metric):
     def __init__(self, triggers: Iterable[int] = ()) -> None:
         self.triggers = list(triggers)
         self.counted_BT: Tensor | None = None  # which queries of the batch at hand count
-        self.bos, self.learned = LayerMean(), LayerMean()
+        self.bos, self.learned, self.registers = LayerMean(), LayerMean(), LayerMean()
 
     def tokens(self, ids_BT: Tensor) -> None:
         if self.triggers:
             self.counted_BT = ~torch.isin(ids_BT, torch.tensor(self.triggers, device=ids_BT.device))
 
     def attention(self, layer: int, scores_BHTT: Tensor, weights_BHTT: Tensor) -> None:
-        length = weights_BHTT.shape[-2]
-        self._add(self.bos, layer, weights_BHTT[:, :, 1:, 0])
+        length, bos = weights_BHTT.shape[-2], self.front
+        self._add(self.bos, layer, weights_BHTT[:, :, bos + 1 :, bos])
         if weights_BHTT.shape[-1] > length:
-            self._add(self.learned, layer, weights_BHTT[:, :, 1:, length:].sum(-1, dtype=torch.float64))
+            self._add(self.learned, layer, weights_BHTT[:, :, bos + 1 :, length:].sum(-1, dtype=torch.float64))
+        if bos:
+            self._add(self.registers, layer, weights_BHTT[:, :, bos + 1 :, :bos].sum(-1, dtype=torch.float64))
 
     def _add(self, means: LayerMean, layer: int, mass_BHT: Tensor) -> None:
-        """mass_BHT: of the queries i >= 1."""
+        """mass_BHT: of the queries behind BOS."""
         terms_NH = mass_BHT.transpose(1, 2).flatten(0, 1)
         counted_NH = None
         if self.counted_BT is not None:
-            assert self.counted_BT.shape[1] == mass_BHT.shape[2] + 1, "triggers: no learned tokens in front"
             counted_NH = self.counted_BT[:, 1:].flatten()[:, None].expand_as(terms_NH)
         means.add(layer, terms_NH, counted_NH)
 
@@ -51,6 +53,13 @@ class BosAttention(Metric):
                 "largest-head": float(heads_LH.max()),
                 "heads-above-half": float((heads_LH > 0.5).double().mean()),
             }
-        learned = [mass for mass in self.learned.per_layer() if mass is not None]
-        extra["learned-keys"] = finite(sum(learned) / len(learned)) if learned else None
+        extra["learned-keys"] = _mean(self.learned)
+        if self.front:
+            extra["registers"] = _mean(self.registers)
         return Reading(value, [finite(mass) for mass in per_layer], extra)
+
+
+def _mean(means: LayerMean) -> float | None:
+    """Over the layers."""
+    found = [mass for mass in means.per_layer() if mass is not None]
+    return finite(sum(found) / len(found)) if found else None

@@ -6,8 +6,9 @@ sequences, layers and heads of 1[alpha_k > .3]. One k serves the whole model: th
 late keys are not searched, because they see almost only themselves: a purely diagonal head would read as a
 sink there, and a previous-token head as half a one.
 
-Weights are the absolute ones, never renormalised: a form whose weights need not sum to one (ReLU, sigmoid,
-softpick) counts by the mass it really puts on k, and learned keys beyond the T columns are no position.
+Weights are the absolute ones, never renormalised: a form whose weights need not sum to one (ReLU, sigmoid, softpick)
+counts by the mass it really puts on k, and learned keys beyond the T columns are no position. Learned tokens in front
+are positions: k counts them.
 """
 
 import torch
@@ -58,9 +59,10 @@ class SinkRate(Metric):
     def result(self) -> Reading:
         rates_LHK, alphas_LHK = self.hits.stacked(), self.alphas.stacked()
         if not rates_LHK.numel() or not alphas_LHK.isfinite().all():
-            return Reading(None, [None] * len(rates_LHK), {"k": None, "bos": None})
+            return Reading(None, [None] * len(rates_LHK), {"k": None, "bos": None, **self.counted()})
         rates_K, alphas_K = rates_LHK.mean((0, 1)), alphas_LHK.mean((0, 1))
         best = alphas_K.where(rates_K == rates_K.max(), torch.full_like(alphas_K, -torch.inf))
         k = int(best.argmax())
         per_layer = [finite(float(rate)) for rate in rates_LHK[:, :, k].mean(1)]
-        return Reading(float(rates_K[k]), per_layer, {"k": k, "bos": float(rates_K[0])})
+        bos = float(rates_K[self.front]) if self.front < len(rates_K) else None
+        return Reading(float(rates_K[k]), per_layer, {"k": k, "bos": bos, **self.counted()})

@@ -1,9 +1,9 @@
 """Value-state drain: what BOS would add to the residual, against what other tokens would (arXiv:2410.13835).
 
-||W_O^h v_0|| / mean over t >= 1 of ||W_O^h v_t||, with that layer's and that head's own slice of W_O (the
-authors' figures use layer 0's throughout); mean over sequences, heads and layers. Low is drained. `plain` is
-the same ratio of ||v|| itself, which a rescaling between W_V and W_O can move. The smallest heads are given
-too: a few heads may be drained while the mean hardly moves.
+||W_O^h v_0|| / mean over t >= 1 of ||W_O^h v_t||, with that layer's and that head's own slice of W_O (the authors'
+figures use layer 0's throughout); mean over sequences, heads and layers. Low is drained. Learned tokens in front of BOS
+are among the others. `plain` is the same ratio of ||v|| itself, which a rescaling between W_V and W_O can move. The
+smallest heads are given too: a few heads may be drained while the mean hardly moves.
 
 For models without a sink on BOS the ratio is given for the position that draws most attention (`argmax-k`, one
 for the model), against all other positions.
@@ -33,8 +33,8 @@ class ValueDrain(Metric):
 
     def result(self) -> Reading:
         projected_LHT, plain_LHT = self.projected.stacked(), self.plain.stacked()
-        bos_LH = projected_LHT[..., 0] if projected_LHT.numel() else projected_LHT
-        plain_LH = plain_LHT[..., 0] if plain_LHT.numel() else plain_LHT
+        bos_LH = projected_LHT[..., self.front] if projected_LHT.numel() else projected_LHT
+        plain_LH = plain_LHT[..., self.front] if plain_LHT.numel() else plain_LHT
         k = self.received.position() if projected_LHT.numel() else None
         extra: dict[str, float | int | None] = {
             "smallest-head": _smallest(bos_LH),
@@ -42,6 +42,7 @@ class ValueDrain(Metric):
             "plain-smallest-head": _smallest(plain_LH),
             "argmax": None if k is None else _mean(projected_LHT[..., k]),
             "argmax-k": k,
+            **self.counted(),
         }
         return Reading(_mean(bos_LH), [_mean(heads_H) for heads_H in bos_LH], extra)
 

@@ -27,9 +27,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from quantbench.attention import Form, Softmax
@@ -185,8 +186,13 @@ class NormalisedQueryKey(QueryKey):
         self.query, self.key = RMSNorm(features), RMSNorm(features)
 
     def forward(self, q_BTHE: Tensor, k_BTHE: Tensor) -> tuple[Tensor, Tensor]:
-        # In fp32, given back in the dtype that came, so that attention stays as fast as it was.
-        return self.query(q_BTHE.float()).to(q_BTHE.dtype), self.key(k_BTHE.float()).to(k_BTHE.dtype)
+        return _in_full(self.query, q_BTHE), _in_full(self.key, k_BTHE)
+
+
+def _in_full(norm: RMSNorm, x: Tensor) -> Tensor:
+    """A norm in fp32 at least, given back in the dtype that came, so that attention stays as fast as it was."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    return F.rms_norm(x.to(wide), norm.normalized_shape, norm.weight.to(wide), norm.eps).to(x.dtype)
 
 
 def decoupled_adam(
@@ -202,6 +208,15 @@ def by_shape(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
     """Parameters that are matrices, and the others (gains, biases, scalars)."""
     parameters = list(model.parameters())
     return [p for p in parameters if p.ndim >= 2], [p for p in parameters if p.ndim < 2]
+
+
+@torch.no_grad()
+def fold_projection(model: Any) -> None:
+    """Puts a model's projection, where it has one, into its table and its head, for good: the same function."""
+    projection = getattr(model, "projection", None)
+    if isinstance(projection, Projection) and type(projection) is not Projection:
+        projection.fold(model.get_input_embeddings(), model.get_output_embeddings())
+        model.projection, model.config.folded = Projection(), True
 
 
 @torch.no_grad()

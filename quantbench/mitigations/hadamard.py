@@ -25,7 +25,7 @@ from torch import Generator, Tensor, nn
 
 from quantbench.anatomy import Anatomy, Stream, anatomy
 from quantbench.calibration import Calibration
-from quantbench.mitigations import Mitigation, Prepared, Projection, rewrite
+from quantbench.mitigations import Mitigation, Prepared, fold_projection, rewrite
 
 
 @dataclass(frozen=True)
@@ -68,10 +68,7 @@ class Rotated(nn.Module):
 
 def fold(model: Any, parts: Anatomy, stream: Stream) -> None:
     """Leaves nothing between the stream and its readers but RMS norms without a gain."""
-    projection = getattr(model, "projection", None)
-    if isinstance(projection, Projection) and type(projection) is not Projection:
-        projection.fold(parts.table, parts.head)
-        model.projection = Projection()
+    fold_projection(model)
     if parts.head.weight is parts.table.weight:
         parts.head.weight = nn.Parameter(parts.head.weight.clone())
         model.config.tie_word_embeddings = False

@@ -1,11 +1,12 @@
 """Key and value biases: each head has one more key to park its attention on (arXiv:2402.17762; Gu, arXiv:2410.10781).
 
-    y_i = softmax([z_i, q_i . k'_h / sqrt(E)]) [V; v'_h]        k', v' learned, from N(0, std); v' = 0 with `value: false`
+    y_i = softmax([z_i, q_i . k'_h / sqrt(E)]) [V; v'_h]        k', v' learned, from N(0, std)
 
-k' has no position and stands in no cache; every token sees it. Without a value it is a sink logit that the query moves.
+k' has no position and stands in no cache; every token sees it. With `value: false` v' is 0: a sink logit that the query
+moves.
 
 What it changes: the form of attention. It adds 2 D parameters a layer (D without v') and as many multiply-adds a token;
-nothing is to be folded. They are biases to the optimizer: no weight decay.
+nothing is to be folded. They are biases: without weight decay, and rounded by no quantizer.
 """
 
 from dataclasses import dataclass
@@ -32,6 +33,8 @@ class KVBias(Mitigation):
 
 class SoftmaxWithBias(Softmax):
     """Its weights have one more column, the last, for the learned key."""
+
+    appended = 1
 
     def __init__(self, heads: int, width: int, value: bool, std: float) -> None:
         super().__init__()

@@ -17,6 +17,7 @@ How it differs from PrefixQuant. BOS comes first, where our sequences have had i
 fine-tuning follows; ranges are those of the quantizer.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -42,10 +43,11 @@ class PrefixKV(Mitigation):
             raise ValueError("prefix-kv: not applicable: sequences begin with different tokens, none of which is BOS")
         others = extreme_ids(model, calibration, bos)[: self.tokens - 1] if self.tokens > 1 else []
         places = getattr(model, "places", None)  # learned positions
-        if places is not None and len(others) + ids_NT.shape[1] > places.num_embeddings:
+        room = math.inf if places is None else places.num_embeddings - anatomy(model).front
+        if len(others) + ids_NT.shape[1] > room:
             raise ValueError(
                 f"prefix-kv: not applicable: a prefix of {1 + len(others)} tokens and {ids_NT.shape[1] - 1} behind it "
-                f"are more than the {places.num_embeddings} learned positions; choose tokens: 1"
+                f"are more than the {room} learned positions; choose tokens: 1"
             )
         return Prepared(Behind(model, torch.tensor([bos, *others])))
 

@@ -2,8 +2,9 @@
 
     [r_1 .. r_R, x_0, x_1, ...]        r learned, from N(0, embedding-std) as the embeddings
 
-What it changes: the sequence. It adds R D parameters and R tokens to every sequence; their keys and values stand in front
-of the cache. Figures by position count them: position 0 of the stream is the first register.
+What it changes: the sequence. It adds R D parameters and R tokens to every sequence; their keys and values stand in
+front of the cache. BOS is position R of the stream then: figures of BOS are its own, and a position that is searched
+for, as that of a sink, counts the registers.
 """
 
 from dataclasses import dataclass

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from quantbench.anatomy import anatomy
-from quantbench.calibration import Calibration, Exemption, passes, what_counts
+from quantbench.calibration import Calibration, Exemption, learned_keys, passes, what_counts
 from quantbench.ops.integers import (
     dequantize,
     offsets,
@@ -459,14 +459,14 @@ def replace(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
 
 def round_site(module: nn.Module, kind: str, rounding: Rounding, exemption: Exemption) -> None:
     """From now on what passes the module's output passes through integers, but for exempt positions."""
-    name = ROUNDING_OF + kind
+    name, appended = ROUNDING_OF + kind, learned_keys(module)
     module.add_module(name, rounding)  # so that it moves, and is saved and copied, with the model
 
     def hook(module: nn.Module, args: Any, output: Any) -> Any:
         rounding = getattr(module, name)  # the copy's, where the module is one
         x = output[0] if isinstance(output, tuple) else output
-        counted = x if rounding.scope == "static" else what_counts(x, kind, exemption)
-        low, exempt = rounding(x, counted), exemption.spread(x, kind)
+        counted = x if rounding.scope == "static" else what_counts(x, kind, exemption, appended)
+        low, exempt = rounding(x, counted), exemption.spread(x, kind, appended)
         if exempt is not None:
             low = torch.where(exempt, x, low)
         return (low, *output[1:]) if isinstance(output, tuple) else low
