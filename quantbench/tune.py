@@ -42,10 +42,11 @@ def tune(
         raise ValueError(f"{name}: all it changes comes after pretraining; it states the learning rate of the baseline")
     other = any("optimizer" in seams(mitigation) for mitigation in recipe.mitigations.values())  # type: ignore[arg-type]
     start, reach = (recipe.lr.get(track_name, track.lr), 2) if other else (baseline_lr, 1)
+    low, high = -reach, reach
     losses: dict[int, float | None] = {}
     while True:
         todo = {}
-        for index in range(-reach, reach + 1):
+        for index in range(low, high + 1):
             if index not in losses:
                 lr = half_decades(start, index)
                 todo[lr] = index
@@ -56,16 +57,16 @@ def tune(
             tell(f"{name} lr {job.lr:g}: " + ("diverged" if diverged else f"loss {found['final-loss']:.4f}"))
         usable = {index: loss for index, loss in losses.items() if loss is not None}
         best = min(usable, key=lambda index: (usable[index], index)) if usable else None
-        if best is None or abs(best) < reach or reach == FURTHEST:
+        if best is None or low < best < high or abs(best) == FURTHEST:
             break
-        reach += 1
+        low, high = (low - 1, high) if best == low else (low, high + 1)  # on that side alone
     return {
         "recipe": {"name": name, "mitigations": Job(name, recipe, track_name, track, SEED).resolved["mitigations"]},
         "track": {"name": track_name, "digest": digest(bench.pretraining_part(track))},
         "seed": SEED,
         "points": [[half_decades(start, index), losses[index]] for index in sorted(losses)],
         "best": None if best is None else half_decades(start, best),
-        "at-edge": best is not None and abs(best) == reach,
+        "at-edge": best is not None and not low < best < high,
         "environment": bench.environment(),
     }
 
