@@ -1,4 +1,4 @@
-"""The contract of a mitigation over the whole catalog, the formulas of each by hand, and how they combine."""
+"""The contract of a mitigation over the whole catalog, how they combine, and the baseline's and first forms by hand."""
 
 import itertools
 import math
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from quantbench import catalog
 from quantbench.attention import Form, Softmax, attend, causal
-from quantbench.mitigations import SEAMS, Mitigation, Settings, by_shape, combine, seams
+from quantbench.mitigations import SEAMS, Mitigation, Settings, combine, seams
 from quantbench.mitigations.adamw import AdamW
 from quantbench.mitigations.relu_attention import Relu, ReluAttention
 from quantbench.mitigations.sgd import SGD
@@ -21,7 +21,7 @@ from quantbench.mitigations.sink_logit import SinkLogit, Softmax1
 from quantbench.model import QuantbenchConfig
 from quantbench.ops.relu import relu_attention
 from quantbench.ops.sink import sink_attention
-from quantbench.pretrain import pretrain, schedule
+from quantbench.pretrain import pretrain
 from quantbench.tasks.bigram_backcopy import BigramBackcopy
 
 entries = pytest.mark.parametrize("name", ENTRIES)
@@ -81,11 +81,14 @@ def test_two_steps_change_the_loss(mitigations: Mitigations, tmp_path: Path) -> 
 
 @recipes
 def test_a_recipe_trains_another_model_than_the_baseline(name: str, tmp_path: Path) -> None:
-    _, baseline = trained({}, tmp_path)
-    _, other = trained(RECIPES[name], tmp_path)
+    baseline_losses, baseline = trained({}, tmp_path, steps=3)
+    losses, other = trained(RECIPES[name], tmp_path, steps=3)
     overridden = {seam for entry, kw in RECIPES[name].items() for seam in seams(ENTRIES[entry](**kw))}
     same = other.keys() == baseline.keys() and all(torch.equal(other[key], baseline[key]) for key in baseline)
     assert same == (overridden <= {"prepare"})  # what is post-hoc shares the baseline's checkpoints
+    assert (losses == baseline_losses) == same  # what is added is not idle
+    late = {"optimizer", "penalty"}  # in the second step
+    assert (losses[0] == baseline_losses[0]) == (same or overridden <= late or name == "single-scale-norm")
 
 
 @models
@@ -156,6 +159,39 @@ def test_the_fast_way_runs_under_autocast_in_its_dtype(mitigations: Mitigations)
     halves = (x.to(torch.bfloat16) for x in (q, k, v))
     torch.testing.assert_close(low, attention.attend(*halves, None), rtol=2e-2, atol=2e-2)
     assert low.dtype == torch.bfloat16
+
+
+@models
+def test_gradients_of_a_whole_model_are_those_of_finite_differences(mitigations: Mitigations) -> None:
+    """Along one direction in which every parameter changes, in float64; each has its share of the slope."""
+    decoder = model(mitigations, positions="learned").double()
+    parameters = dict(decoder.named_parameters())
+    ways = {name: gaussian(*p.shape, seed=n, dtype=torch.float64) for n, (name, p) in enumerate(parameters.items())}
+
+    def loss(step: float) -> Tensor:
+        moved = {name: p + step * ways[name] for name, p in parameters.items()}
+        logits_BTV = torch.func.functional_call(decoder, moved, (ids()[:, :-1],)).logits
+        return nn.functional.cross_entropy(logits_BTV.flatten(0, 1), ids()[:, 1:].flatten())
+
+    gradients = torch.autograd.grad(loss(0.0), list(parameters.values()))
+    slope = sum(float((g * ways[name]).sum()) for name, g in zip(parameters, gradients, strict=True))
+    with torch.no_grad():
+        expected = float(loss(1e-6) - loss(-1e-6)) / 2e-6
+    assert slope == pytest.approx(expected, rel=1e-6)
+
+
+@models
+def test_a_whole_model_is_finite_in_bf16_at_extreme_states(mitigations: Mitigations) -> None:
+    decoder = model(mitigations).train()
+    decoder.embed.weight.data[ids()[:, 0]] *= 300
+    decoder.blocks[0].attention.qkv.weight.data *= 30
+    with torch.autocast("cpu", torch.bfloat16):
+        out = decoder(ids(), labels=ids())
+    out.loss.backward()
+    assert out.logits.isfinite().all()
+    assert all(p.grad.isfinite().all() for p in decoder.parameters())
+    low = decoder.to(torch.bfloat16).eval()
+    assert low(ids()).logits.isfinite().all()
 
 
 @models
@@ -302,143 +338,3 @@ def test_attention_with_a_sink_says_what_it_takes() -> None:
         sink_attention(q, q, q, torch.zeros(3))
     with pytest.raises(ValueError, match="one shape"):
         relu_attention(q, q, q[..., :2], 1.0)
-
-
-# Optimizers
-
-
-class Two(nn.Module):
-    """A matrix and a gain."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.matrix = nn.Parameter(gaussian(3, 2))
-        self.gain = nn.Parameter(gaussian(3, seed=1))
-
-
-def _follow(optimizer: torch.optim.Optimizer, two: Two, lrs: list[float]) -> None:
-    """Steps with given gradients, the step's number plus one, at given rates of all groups."""
-    for number, lr in enumerate(lrs):
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        for parameter in two.parameters():
-            parameter.grad = torch.full_like(parameter, number + 1.0)
-        optimizer.step()
-
-
-@pytest.mark.parametrize("nesterov", [False, True])
-def test_sgd_by_hand(nesterov: bool) -> None:
-    two = Two()
-    matrix, gain = two.matrix.detach().double(), two.gain.detach().double()
-    optimizer = SGD(momentum=0.8, nesterov=nesterov).optimizer(two, HERE)
-    lrs = [0.1, 0.05, 0.01]
-    _follow(optimizer, two, lrs)
-    v = 0.0
-    for number, lr in enumerate(lrs):
-        g = number + 1.0
-        v = 0.8 * v + g
-        move = lr * (g + 0.8 * v if nesterov else v)
-        matrix = matrix * (1 - 0.05 * lr / 0.1) - move  # the shrink of the track, which follows the schedule
-        gain = gain - move
-    torch.testing.assert_close(two.matrix.double(), matrix, rtol=1e-6, atol=1e-6)
-    torch.testing.assert_close(two.gain.double(), gain, rtol=1e-6, atol=1e-6)
-
-
-@pytest.mark.parametrize("lr", [1e-3, 0.1, 3.0])
-@pytest.mark.parametrize("entry", [Mitigation(), AdamW(), AdamW(lr_scale=0.25), SGD(), SGD(nesterov=True)])
-def test_a_step_shrinks_matrices_alike_whatever_the_rate(entry: Mitigation, lr: float) -> None:
-    two = Two()
-    matrix, gain = two.matrix.detach().clone(), two.gain.detach().clone()
-    optimizer = entry.optimizer(two, Settings(lr, (0.9, 0.95), shrink=0.002))
-    for parameter in two.parameters():
-        parameter.grad = torch.zeros_like(parameter)
-    optimizer.step()
-    torch.testing.assert_close(two.matrix.detach(), matrix * (1 - 0.002))
-    assert torch.equal(two.gain, gain)
-
-
-@pytest.mark.parametrize("lr", [4e-3, 0.3])
-def test_the_shrink_is_the_tracks_not_the_recipes(lr: float, tmp_path: Path) -> None:
-    """`pretrain` regularises a recipe with a rate of its own as it does the track's baseline."""
-    start = model(max_position_embeddings=16).state_dict()
-    moved = {}
-    for decay in (0.5, 0.0):
-        held = track(steps=1, warmup=0, timeline=0, clip=0.0, lr=4e-3, weight_decay=decay)
-        for name in ("baseline", "sgd"):
-            work = tmp_path / f"{name}-{decay}"
-            done = pretrain(RECIPES[name], lr, held, 0, BigramBackcopy().open(work), work, CPU)
-            moved[name, decay] = done.model.state_dict()
-    for name, parameter in start.items():
-        expected = 4e-3 * 0.5 * parameter if parameter.ndim == 2 else torch.zeros_like(parameter)
-        for recipe in ("baseline", "sgd"):
-            shrunk = moved[recipe, 0.0][name] - moved[recipe, 0.5][name]
-            torch.testing.assert_close(shrunk, expected, rtol=1e-3, atol=1e-6)
-
-
-def test_the_schedule_scales_the_shrink_as_it_scales_the_rate() -> None:
-    tiny = track(steps=10, warmup=4, decay=0.5)
-    two = Two()
-    before = two.matrix.detach().double()
-    optimizer = SGD().optimizer(two, HERE)
-    for step in range(10):
-        for group in optimizer.param_groups:
-            group["lr"] = HERE.lr * schedule(step, tiny)
-        for parameter in two.parameters():
-            parameter.grad = torch.zeros_like(parameter)
-        optimizer.step()
-    shares = [0.25, 0.5, 0.75, 1, 1, 1, 0.8, 0.6, 0.4, 0.2]
-    expected = math.prod(1 - 0.05 * share for share in shares)
-    torch.testing.assert_close(two.matrix.double(), before * expected, rtol=1e-6, atol=1e-6)
-
-
-def test_adamw_by_hand() -> None:
-    two = Two()
-    matrix, gain = two.matrix.detach().double(), two.gain.detach().double()
-    _follow(Mitigation().optimizer(two, HERE), two, [0.1, 0.05])
-    m = s = 0.0
-    for t, lr in ((1, 0.1), (2, 0.05)):
-        m, s = 0.9 * m + 0.1 * t, 0.95 * s + 0.05 * t**2
-        move = lr * (m / (1 - 0.9**t)) / ((s / (1 - 0.95**t)) ** 0.5 + 1e-8)
-        matrix, gain = matrix * (1 - lr * 0.5) - move, gain - move
-    torch.testing.assert_close(two.matrix.double(), matrix, rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(two.gain.double(), gain, rtol=1e-5, atol=1e-6)
-
-
-@pytest.mark.parametrize(
-    ("entry", "lr", "decay"),
-    [
-        (Mitigation(), 0.1, 0.5),
-        (AdamW(), 0.1, 0.5),
-        (AdamW(lr_scale=0.25), 0.025, 2.0),  # the shrink stays
-        (AdamW(lr_scale=0.25, shrink_scale=0.25), 0.025, 0.5),
-        (AdamW(shrink_scale=0.0), 0.1, 0.0),
-    ],
-)
-def test_adamw_is_torchs_with_decay_on_matrices_only(entry: Mitigation, lr: float, decay: float) -> None:
-    ours, theirs = model(norm="layernorm"), model(norm="layernorm")
-    matrices = [p for p in theirs.parameters() if p.ndim == 2]
-    others = [p for p in theirs.parameters() if p.ndim == 1]
-    reference = torch.optim.AdamW(
-        [{"params": matrices, "weight_decay": decay}, {"params": others, "weight_decay": 0.0}],
-        lr=lr,
-        betas=(0.9, 0.95),
-        foreach=False,
-    )
-    optimizer = entry.optimizer(ours, HERE)
-    for seed in range(3):
-        ours(ids(seed=seed), labels=ids(seed=seed)).loss.backward()
-        for parameter, other in zip(ours.parameters(), theirs.parameters(), strict=True):
-            other.grad = parameter.grad.clone()
-        optimizer.step()
-        reference.step()
-        optimizer.zero_grad()
-    for (name, got), expected in zip(ours.named_parameters(), theirs.parameters(), strict=True):
-        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6, msg=name)
-
-
-def test_gains_and_biases_are_no_matrices() -> None:
-    decoder = model(norm="layernorm")
-    matrices, others = by_shape(decoder)
-    assert len(matrices) == 2 + 2 * 4
-    assert len(others) == 5 * 2
-    assert {p.ndim for p in others} == {1}
