@@ -28,7 +28,7 @@ LAYERS = [
     ["relation", "stats", "grid"],
     ["results", "pretrain", "evaluate", "packed"],
     ["recipe"],
-    ["model", "trace"],
+    ["model", "trace", "interface"],
     ["catalog"],
     ["tasks", "mitigations", "quantizers", "metrics"],
     ["attention"],
@@ -266,5 +266,6 @@ def test_the_verbs_and_their_flags_are_those_that_people_know() -> None:
         "check": [],
         "leaderboard": ["--results"],
         "relation": ["--json", "--results"],
+        "carry": [],
         "store": ["--prune"],
     }
