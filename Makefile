@@ -6,9 +6,13 @@ SEEDS   ?= 3
 BIN     := .venv/bin
 PIP     := $(BIN)/python -m pip --disable-pip-version-check
 STAMP   := .venv/.installed
+SETUP   ?= setup  # none, with BIN= the folder of a python that has everything, where nothing can be installed
 PEERS   := hqq torchao einops termcolor  # what tests compare with, and nothing else should import: see pyproject.toml
 
-.PHONY: help setup bench test check format leaderboard perf clean
+# In the order of their worth, seed by seed: whoever's time runs out has compared the first of them.
+GPU     := baseline relu-attn sgd gated-attn softmax1 sink-logit softpick muon osp
+
+.PHONY: help setup bench test check format leaderboard perf gpu clean
 .DEFAULT_GOAL := help
 
 help:  ## what there is to make
@@ -45,6 +49,11 @@ leaderboard: setup  ## render the tables and figures of results/ again
 
 perf: setup  ## benchmarks, as ratios against a peer in the same run, into results/perf/
 	@$(BIN)/python -m tests.perf
+
+gpu: $(SETUP)  ## on a machine with a CUDA device: its tests, benchmarks and the track text-gpu; run again, it resumes
+	@$(BIN)/python -m pytest -m gpu
+	@$(BIN)/python -m tests.perf
+	@$(BIN)/python -m quantbench bench $(GPU) --track text-gpu --seeds $(SEEDS)
 
 clean:  ## remove .venv and everything that was computed but not committed
 	rm -rf .venv .quantbench build *.egg-info

@@ -317,7 +317,10 @@ def environment() -> dict[str, Any]:
     low = torch.ops.mkldnn._is_mkldnn_bf16_supported() if device().type == "cpu" else False
     kind = "cpu" if device().type == "cpu" else torch.cuda.get_device_name()
     cpu = f"{_vendor()} {torch.backends.cpu.get_cpu_capability()}{' bf16' if low else ''}"
-    bnb = metadata.version("bitsandbytes")
+    try:
+        bnb = metadata.version("bitsandbytes")
+    except metadata.PackageNotFoundError:
+        bnb = None  # a track may do without it
     return {"torch": torch.__version__, "bitsandbytes": bnb, "threads": 1, "cpu": cpu, "device": kind,
             "statistics": implementation(device())}  # fmt: skip
 

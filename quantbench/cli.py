@@ -342,6 +342,22 @@ def relation(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def carry(arguments: argparse.Namespace) -> int:
+    """Write a track's text into one file, for a machine that has no network or other packages."""
+    from quantbench.recipe import load_track
+
+    name, track = load_track(arguments.track, root())
+    kept = _store()
+    try:
+        path = track.task.carry(kept.root)  # type: ignore[attr-defined]
+    except ValueError as error:
+        raise ValueError(f"track {name}: {error}") from None
+    data = track.task.open(kept.root)  # type: ignore[attr-defined]
+    print(f"{path}: {path.stat().st_size / 2**20:.1f} MiB, data {data.digest[:12]}")
+    print(f"copy it to {path.relative_to(root())} of the clone on the other machine")
+    return 0
+
+
 def store(arguments: argparse.Namespace) -> int:
     """What the store of finished work holds, and on how much disk."""
     kept = _store()
@@ -427,6 +443,7 @@ def _parser() -> argparse.ArgumentParser:
     relates = verb("relation", relation)
     relates.add_argument("--results", metavar="DIR")
     relates.add_argument("--json", action="store_true", help="one JSON object")
+    verb("carry", carry).add_argument("track", metavar="TRACK", help="whose task reads text, such as text-gpu")
     verb("store", store).add_argument(
         "--prune", action="store_true", help="drop partial work and cells unused for 30 days"
     )

@@ -340,6 +340,21 @@ def test_relation_of_nothing_is_nothing(project: Path, capsys: pytest.CaptureFix
     assert capsys.readouterr().out == ""
 
 
+def test_carry_writes_one_file_that_stands_for_the_text(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["carry", "smoke"]) == 0
+    first, second = capsys.readouterr().out.splitlines()
+    (path,) = (project / ".quantbench" / "carried").iterdir()
+    data = load_track("smoke", project)[1].task.open(project / ".quantbench")  # type: ignore[attr-defined]
+    assert re.fullmatch(rf"{re.escape(str(path))}: \d\.\d MiB, data {data.digest[:12]}", first)
+    assert second == f"copy it to {path.relative_to(project)} of the clone on the other machine"
+    assert main(["store", "--prune"]) == 0  # leaves it where it is
+    assert path.exists()
+    assert main(["carry", "bb-3layer"]) == 2
+    assert capsys.readouterr().err.endswith(
+        "track bb-3layer: this task makes its data wherever it runs: there is nothing to carry\n"
+    )
+
+
 def test_store_counts_cells_and_prunes_partial_work(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["store"]) == 0
     assert capsys.readouterr().out == ""

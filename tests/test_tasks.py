@@ -2,19 +2,22 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors import safe_open
+from safetensors.numpy import save
 from scipy import stats
 from transformers import PreTrainedTokenizerFast
 
 from quantbench import catalog
 from quantbench.tasks import Data, Task, random_bits
 from quantbench.tasks.bigram_backcopy import BigramBackcopy, Sequences
-from quantbench.tasks.text import HELD_OUT, Corpus, Text, _docstrings
+from quantbench.tasks.text import HELD_OUT, Corpus, Text, _checksum, _docstrings
 
 SENTENCE = "the query of a head meets every key and its softmax weighs naïve values — by <bos> or <sep>"
 
@@ -343,6 +346,84 @@ def test_what_cannot_be_read_is_refused_by_name(tmp_path: Path) -> None:
 def test_a_vocabulary_larger_than_the_text_gives_is_refused(folder: Path, cache: Path) -> None:
     with pytest.raises(ValueError, match=r"vocab 5000: the text yields \d+ tokens"):
         Text(folder=str(folder), vocab=5000).open(cache)
+
+
+# Text, carried
+
+
+@pytest.fixture
+def lent(folder: Path, tmp_path: Path) -> tuple[Text, Path]:
+    """A text whose source is gone, and the file of its ids in an empty cache."""
+    source, here, there = tmp_path / "texts", tmp_path / "here", tmp_path / "there"
+    shutil.copytree(folder, source)
+    text = Text(folder=str(source), vocab=300)
+    path = text.carry(here)
+    shutil.rmtree(source)
+    copy = there / path.relative_to(here)
+    copy.parent.mkdir(parents=True)
+    shutil.copyfile(path, copy)
+    return text, copy
+
+
+def test_a_carried_file_is_the_corpus(lent: tuple[Text, Path], corpus: Corpus, capfd: pytest.CaptureFixture) -> None:
+    text, path = lent
+    there = path.parents[1]
+    assert not text.ready(there)
+    opened = text.open(there)
+    assert text.ready(there)
+    assert opened.digest == corpus.digest
+    assert opened.tokenizer_file is not None
+    assert corpus.tokenizer_file is not None
+    for name in ("tokenizer.json", "training.npy", "held-out.npy"):
+        assert opened.tokenizer_file.with_name(name).read_bytes() == corpus.tokenizer_file.with_name(name).read_bytes()
+    assert np.array_equal(opened.training(0, 5, 3, 20), corpus.training(0, 5, 3, 20))
+    assert capfd.readouterr().err.count("are unpacked, once") == 1
+    assert text.open(there).tokenizer_file == opened.tokenizer_file  # the second time from the cache
+    assert capfd.readouterr().err == ""
+    assert len(list((there / "text").glob("*/cell.json"))) == 1
+
+
+def test_a_carried_file_wins_over_what_is_installed(cache: Path, docstrings: Corpus, tmp_path: Path) -> None:
+    """Else a machine with another version of a package would make other ids, and never say so."""
+    text = Text(packages=("rich",), vocab=300)
+    path = text.carry(cache)
+    other = safe_open(path, "np")
+    streams = {name: other.get_tensor(name) for name in ("training", "held-out")}
+    about = other.metadata()
+    about["inputs"] = about["inputs"].replace('"rich", "', '"rich", "0.')
+    about["sha256"] = _checksum(about, streams)
+    (tmp_path / "carried").mkdir()
+    (tmp_path / "carried" / path.name).write_bytes(save(streams, about))
+    assert text.open(tmp_path).digest == docstrings.digest
+    assert '"0.' in next((tmp_path / "text").glob("*/cell.json")).read_text()
+    path.unlink()
+
+
+@pytest.mark.parametrize("share", [0.0, 0.001, 0.2, 0.9999])
+@pytest.mark.parametrize("fault", ["flip", "truncate"])
+def test_an_altered_carried_file_is_refused(fault: str, share: float, lent: tuple[Text, Path]) -> None:
+    text, path = lent
+    content = bytearray(path.read_bytes())
+    at = int(share * len(content))
+    if fault == "flip":
+        content[at] ^= 1
+    path.write_bytes(content if fault == "flip" else content[:at])
+    with pytest.raises(
+        ValueError, match=r"text-[0-9a-f]{16}\.safetensors: altered since it was written.*: carry it again"
+    ):
+        text.open(path.parents[1])
+    assert not list(path.parents[1].glob("text/*/cell.json"))
+
+
+def test_too_much_to_carry_and_nothing_to_carry_are_refused(
+    folder: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("quantbench.tasks.text.LARGEST", 1 << 14)
+    with pytest.raises(ValueError, match=r"the ids take 0\.\d MiB, more than the 0 that .* name fewer packages"):
+        Text(folder=str(folder), vocab=300).carry(cache)
+    assert not (cache / "carried").exists() or not list((cache / "carried").iterdir())
+    with pytest.raises(ValueError, match="nothing to carry"):
+        BigramBackcopy().carry(cache)
 
 
 # Bigram-Backcopy

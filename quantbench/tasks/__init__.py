@@ -80,3 +80,10 @@ class Task:
     def ready(self, cache: Path) -> bool:
         """Whether `open` has nothing to make."""
         return True
+
+    def carry(self, cache: Path) -> Path:
+        """The data as one file under `cache`; copied to the same place elsewhere, it is what `open` gives there.
+
+        ValueError where there is nothing to carry, or too much.
+        """
+        raise ValueError("this task makes its data wherever it runs: there is nothing to carry")

@@ -8,6 +8,12 @@ document. A byte-level BPE is trained on the training split; a split is then one
 
 and a sequence is BOS and a window of the stream. Packages are known by their distribution's name and version,
 read by the list of files that pip keeps, and never imported.
+
+A machine that lacks the text, or has other versions of it, can be given the ids: `carry` writes one file,
+
+    <cache>/carried/text-<digest of the parameters>.safetensors
+
+which, where it is there, is what `open` reads: the cell that it was made of, with the digest of the same text.
 """
 
 import ast
@@ -19,7 +25,7 @@ import os
 import sys
 import warnings
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -27,7 +33,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from quantbench.store import Store
+from quantbench.store import Store, atomic_write
+from quantbench.store import digest as digest_of
 from quantbench.strict import Range
 from quantbench.tasks import Data, Ids, Task, random_bits
 
@@ -36,10 +43,13 @@ if TYPE_CHECKING:
 
 VERSION = 1  # bumped by hand when other ids come out of the same text
 BOS, SEP = "<bos>", "<sep>"
+SPLITS = ("training", "held-out")
 SHORTEST = 32  # characters of a document
 HELD_OUT = 10  # one file in so many
 SUFFIXES = (".txt", ".md", ".rst", ".py")  # of a folder's files
 BUILD_FILES = ("__config__.py",)  # written by a package's build: these differ between its wheels
+CARRIED = "carried"  # the folder of files that bring ids from elsewhere
+LARGEST = 60 << 20  # bytes of such a file
 CALIBRATION_SEED = 0x63616C6962726174  # a stream of its own, far from the seeds that people choose
 
 
@@ -53,16 +63,37 @@ class Text(Task):
     vocab: Annotated[int, Range(258, 65536)] = 512  # 256 bytes, 2 special tokens, the rest merges
 
     def open(self, cache: Path) -> "Corpus":
+        carried = self._carried(cache)
+        return Corpus(_unpacked(carried, Store(cache)) if carried.exists() else self._made(cache)[0])
+
+    def ready(self, cache: Path) -> bool:
+        carried = self._carried(cache)
+        inputs = _read(carried)[0] if carried.exists() else self._source()[1]
+        return Store(cache).load("text", inputs) is not None
+
+    def carry(self, cache: Path) -> Path:
+        folder, inputs = self._made(cache)
+        content = _packed(folder, inputs)
+        if len(content) > LARGEST:
+            raise ValueError(
+                f"text: the ids take {len(content) / 2**20:.1f} MiB, more than the {LARGEST >> 20} that a carried file "
+                "may have: name fewer packages"
+            )
+        atomic_write(self._carried(cache), content)
+        return self._carried(cache)
+
+    def _carried(self, cache: Path) -> Path:
+        return cache / CARRIED / f"text-{digest_of(asdict(self))[:16]}.safetensors"
+
+    def _made(self, cache: Path) -> tuple[Path, dict[str, object]]:
+        """The cell of what is installed here, made where it is missing, and what it depends on."""
         source, inputs = self._source()
         store = Store(cache)
         found = store.load("text", inputs)
         if found is None:
             with store.cell("text", inputs) as cell:
                 found = cell.path or cell.commit(_build(source, self.vocab))
-        return Corpus(found)
-
-    def ready(self, cache: Path) -> bool:
-        return Store(cache).load("text", self._source()[1]) is not None
+        return found, inputs
 
     def _source(self) -> "tuple[_Packages | _Folder, dict[str, object]]":
         """Where the text comes from, and what its cell depends on."""
@@ -84,7 +115,7 @@ class Corpus(Data):
         for token, number in tokens.items():
             self._bytes[number] = 0 if token in (BOS, SEP) else len(token)
         self._training, self._held_out = (
-            np.load(folder / name, mmap_mode="r", allow_pickle=False) for name in ("training.npy", "held-out.npy")
+            np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in SPLITS
         )
 
     def training(self, seed: int, first: int, count: int, length: int) -> Ids:
@@ -288,15 +319,70 @@ def _encode(tokenizer: "Tokenizer", documents: list[str]) -> bytes:
         for first in range(0, len(documents), 1024)
         for encoding in tokenizer.encode_batch_fast(documents[first : first + 1024])
     ]
+    return _npy(np.concatenate(pieces))
+
+
+def _npy(stream_N: NDArray[np.uint16]) -> bytes:
     file = io.BytesIO()
-    np.save(file, np.concatenate(pieces), allow_pickle=False)
+    np.save(file, stream_N, allow_pickle=False)
     return file.getvalue()
 
 
-def _sha256(texts: Iterable[str]) -> str:
+def _sha256(texts: Iterable[str | bytes]) -> str:
     """sha256 (hex) of a list of texts; each with its length, so that no two lists are the same bytes."""
     digest = hashlib.sha256()
     for text in texts:
-        content = text.encode("utf-8", "surrogateescape")
+        content = text if isinstance(text, bytes) else text.encode("utf-8", "surrogateescape")
         digest.update(len(content).to_bytes(8, "little") + content)
     return digest.hexdigest()
+
+
+# --- carried from one machine to another -----------------------------------------------------------------------------
+
+TEXTS = ("corpus.json", "tokenizer.json")  # the files of a cell that are no streams
+
+
+def _packed(folder: Path, inputs: dict[str, object]) -> bytes:
+    """A cell as one safetensors file: the streams of ids, and as metadata all else with a checksum over everything."""
+    from safetensors.numpy import save
+
+    streams = {name: np.load(folder / f"{name}.npy", allow_pickle=False) for name in SPLITS}
+    about = {"inputs": json.dumps(inputs)} | {name: (folder / name).read_bytes().decode() for name in TEXTS}
+    return save(streams, about | {"sha256": _checksum(about, streams)})
+
+
+def _unpacked(path: Path, store: Store) -> Path:
+    """The cell that a carried file was made of, put into the store where it is missing."""
+    inputs = _read(path)[0]
+    found = store.load("text", inputs)
+    if found is None:
+        inputs, files = _read(path, whole=True)
+        print(f"quantbench: the ids of {path.name} are unpacked, once", file=sys.stderr, flush=True)
+        with store.cell("text", inputs) as cell:
+            found = cell.path or cell.commit(files)
+    return found
+
+
+def _read(path: Path, whole: bool = False) -> tuple[dict[str, object], dict[str, bytes]]:
+    """What the cell of a carried file depends on, and its files where the `whole` is asked for, which is verified.
+
+    ValueError where the file was altered.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "np") as file:
+            about = file.metadata()
+            streams = {name: file.get_tensor(name) for name in SPLITS} if whole else {}
+        inputs = json.loads(about["inputs"])
+        if not whole:
+            return inputs, {}
+        if about["sha256"] != _checksum(about, streams):
+            raise ValueError("its checksum is another")
+    except (SafetensorError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path}: altered since it was written ({error}): carry it again") from None
+    return inputs, {name: about[name].encode() for name in TEXTS} | {f"{n}.npy": _npy(x) for n, x in streams.items()}
+
+
+def _checksum(about: dict[str, str], streams: dict[str, NDArray[np.uint16]]) -> str:
+    return _sha256([*(about[name] for name in ("inputs", *TEXTS)), *(streams[name].tobytes() for name in SPLITS)])

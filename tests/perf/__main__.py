@@ -1,6 +1,6 @@
 """`make perf`: what is fast and what is not, each as a ratio to a peer in the same run, into results/perf/.
 
-python -m tests.perf [statistics] [attention] [training]        all of them where none is named
+python -m tests.perf [statistics] [attention] [training] [recipes]        all of them where none is named
 """
 
 import json
@@ -14,9 +14,8 @@ import torch
 from quantbench.bench import environment, source
 from quantbench.cli import root
 from quantbench.store import atomic_write
-from tests.perf.table import render
+from tests.perf.table import PARTS, render
 
-PARTS = ("statistics", "attention", "training")
 CORES = 2
 
 

@@ -44,7 +44,7 @@ def contest(
     rounds: int = 7,
     goals: dict[str, list[Goal]] | None = None,
 ) -> list[Row]:
-    """Rows of milliseconds and of ratios to the anchor: medians over rounds in which all take turns.
+    """Rows of milliseconds and of ratios to the anchor: medians over rounds in which all take turns, and quartiles.
 
     A goal's ratio is taken against the contestant it names. The first calls (compilation, page faults) do not count.
     """
@@ -69,7 +69,8 @@ def contest(
         ]
         rows.append({
             "table": table, "case": case, "what": name, "ms": round(statistics.median(times[name]), 4),
-            "anchor": anchor, "ratio": ratio(times, name, anchor), "goals": reached,
+            "anchor": anchor, "ratio": ratio(times, name, anchor), "quartiles": quartiles(times, name, anchor),
+            "goals": reached,
         })  # fmt: skip
         print(f"{table}, {case}: {name} {rows[-1]['ms']:.3f} ms, {rows[-1]['ratio']:.3g} x {anchor}", flush=True)
     return rows
@@ -77,7 +78,21 @@ def contest(
 
 def ratio(times: dict[str, list[float]], name: str, anchor: str) -> float:
     """The median over rounds of one time over another."""
-    return float(f"{statistics.median(mine / theirs for mine, theirs in zip(times[name], times[anchor])):.3g}")
+    return _digits(statistics.median(_ratios(times, name, anchor)))
+
+
+def quartiles(times: dict[str, list[float]], name: str, anchor: str) -> list[float]:
+    """Between which half of the rounds' ratios lie."""
+    low, _, high = statistics.quantiles(_ratios(times, name, anchor), n=4, method="inclusive")
+    return [_digits(low), _digits(high)]
+
+
+def _ratios(times: dict[str, list[float]], name: str, anchor: str) -> list[float]:
+    return [mine / theirs for mine, theirs in zip(times[name], times[anchor], strict=True)]
+
+
+def _digits(x: float) -> float:
+    return float(f"{x:.3g}")
 
 
 @contextmanager

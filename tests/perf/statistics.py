@@ -3,6 +3,7 @@
 import logging
 import os
 import warnings
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor, nn
@@ -46,6 +47,9 @@ def statistics(device: str, dtype: torch.dtype, count: int) -> list[Row]:
 
 def integers(device: str, count: int) -> list[Row]:
     """Beside bitsandbytes' int8 rows with outlier detection, which takes fp16."""
+    if find_spec("bitsandbytes") is None:
+        print("Statistics and int8 rows: left out, bitsandbytes is not installed", flush=True)
+        return []
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     from bitsandbytes.functional import int8_vectorwise_quant
 

@@ -4,10 +4,13 @@ import json
 from itertools import groupby
 from pathlib import Path
 
+PARTS = ("statistics", "attention", "training", "recipes")  # in the order of the page
+
 HEADER = """# Speed
 
 Rendered by `make perf` from the files of this folder, one per machine. Times are medians over rounds in which all
-contestants of a case take turns; a ratio is the median over rounds of a time over the anchor's: below 1 is faster.
+contestants of a case take turns; a ratio is the median over rounds of a time over the anchor's: below 1 is faster; in
+brackets, where they are known, the quartiles of the rounds' ratios.
 A goal is met (✓) or missed (✗) by the ratio to the contestant it names.
 """
 
@@ -17,7 +20,7 @@ def render(folder: Path) -> str:
     lines = [HEADER]
     for path in sorted(folder.glob("*.json")):
         record = json.loads(path.read_text())
-        for part in sorted(record, key=["statistics", "attention", "training"].index):
+        for part in sorted(record, key=PARTS.index):
             found = record[part]
             here = found["environment"]
             where = here["cpu"] if here["device"] == "cpu" else here["device"]
@@ -32,4 +35,5 @@ def render(folder: Path) -> str:
 def _line(row: dict) -> str:
     goals = [("✓" if g["ratio"] <= g["at-most"] else "✗", g["goal"], f"({g['ratio']:.3g})") for g in row["goals"]]
     reached = "; ".join(" ".join(goal) for goal in goals)
-    return f"| {row['case']} | {row['what']} | {row['ms']:.4g} | {row['ratio']:.3g} | {reached} |"
+    ratio = f"{row['ratio']:.3g}" + (" ({:.3g} to {:.3g})".format(*row["quartiles"]) if "quartiles" in row else "")
+    return f"| {row['case']} | {row['what']} | {row['ms']:.4g} | {ratio} | {reached} |"

@@ -1,4 +1,4 @@
-"""A training step of the track `text` under each attention form, against a plain loop in the same run.
+"""A training step of the track `text` (on CUDA: `text-gpu`) under each attention form, against a plain loop.
 
 The peer is a plain loop in the manner of nanoGPT (its README's recipe, written anew): the same decoder from torch's
 own parts, SDPA, fused AdamW, bf16 autocast, batches sliced out of a memory map. All take turns on one thread.
@@ -8,6 +8,7 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -110,13 +111,20 @@ def our_loop(recipe: str, track: Track, data: object, device: str) -> Callable[[
     return step
 
 
+def opened(device: str) -> tuple[str, Track, Any]:
+    """The track whose step is measured on this device: its name, itself, its data."""
+    name, track = load_track("text" if device == "cpu" else "text-gpu", root())
+    return name, track, track.task.open(root() / ".quantbench")  # type: ignore[attr-defined]
+
+
 def rows(device: str) -> list[Row]:
     steady_memory()  # for all: the ratios should not owe anything to it
-    _, track = load_track("text", root())
-    data = track.task.open(root() / ".quantbench")  # type: ignore[attr-defined]
+    _, track, data = opened(device)
+    # On a CPU also the prototype's, and one where products are long.
+    lengths = dict.fromkeys((track.length, 128, 512) if device == "cpu" else (track.length,))
     found = []
     with tempfile.TemporaryDirectory() as folder, threads(1):
-        for length in (track.length, 128, 512):  # the track's, the prototype's, and one where products are long
+        for length in lengths:
             shape = replace(track, length=length)
             contestants = {"plain loop": plain_loop(shape, data.vocab, Path(folder), device)}
             contestants |= {name: our_loop(name, shape, data, device) for name in RECIPES}
