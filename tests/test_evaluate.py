@@ -181,11 +181,12 @@ def test_figures_do_not_depend_on_what_is_kept_in_memory(monkeypatch: pytest.Mon
 VOCAB, LENGTH = 32, 12
 
 
-def with_sink() -> QuantbenchModel:
+def with_sink(mitigations: dict[str, dict[str, Any]] | None = None) -> QuantbenchModel:
     """An untrained decoder whose BOS carries 300 in one feature of the residual stream; others are of order 1."""
     config = QuantbenchConfig(
-        vocab_size=VOCAB, layers=2, heads=4, width=64, mlp_width=64, max_position_embeddings=LENGTH, bos_token_id=BOS
-    )
+        vocab_size=VOCAB, layers=2, heads=4, width=64, mlp_width=64, max_position_embeddings=LENGTH, bos_token_id=BOS,
+        mitigations=mitigations,
+    )  # fmt: skip
     model = QuantbenchModel(config).eval().requires_grad_(False)
     initialise(model, 0)
     model.embed.weight[BOS] = 300 * F.one_hot(torch.tensor(0), 64)
@@ -230,6 +231,25 @@ def test_the_random_control_has_as_many_positions_and_none_of_the_same(sink: Ref
         assert not (extreme_BT & random_BT).any()
 
 
+@pytest.mark.parametrize("moved", [False, True])
+def test_exemption_finds_the_sink_before_and_among_registers(moved: bool) -> None:
+    """BOS carries the sink behind the registers, or one of these does; a learned key is no position."""
+    model = with_sink({"registers": {"count": 2}, "kv-bias": {}})
+    if moved:
+        model.front.tokens_RD[1] = model.embed.weight[BOS]
+        model.embed.weight[BOS] = model.embed.weight[1]
+    reference = Reference(model, Fixed(sampled(model, 32), VOCAB), track(quantizer("w8a8-static-residual"), LENGTH, 32))
+    everywhere = quantizer("w8a8-static-residual", sites=("inputs", "residual", "embeddings", "head"))
+    for entry in (quantizer("w8a8-static-residual"), quantizer("w8a8-static-qualcomm"), everywhere):
+        _, found = quantized(reference, entry, exemption=True)
+        exempt = found["exemption"]
+        assert exempt["tokens"] == 32 * (2 if moved else 1)  # BOS always
+        assert found["kl"] > 0.05
+        assert exempt["extreme"]["kl"] < 0.1 * found["kl"]
+        assert exempt["random"]["kl"] > 0.5 * found["kl"]
+        assert None not in found["sqnr"]["non-sink"]
+
+
 def test_exemption_is_measured_where_it_means_something(sink: Reference) -> None:
     assert (
         quantized(sink, quantizer("w4a16-rtn"), exemption=True)[1]["exemption"] is None
@@ -255,10 +275,13 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Reference:
     return Reference(untrained(data.vocab, smoke.length), data, smoke)
 
 
-def untrained(vocab: int, length: int, seed: int = 0) -> QuantbenchModel:
+def untrained(
+    vocab: int, length: int, seed: int = 0, mitigations: dict[str, dict[str, Any]] | None = None
+) -> QuantbenchModel:
     config = QuantbenchConfig(
-        vocab_size=vocab, layers=2, heads=4, width=64, mlp_width=64, max_position_embeddings=length
-    )
+        vocab_size=vocab, layers=2, heads=4, width=64, mlp_width=64, max_position_embeddings=length,
+        mitigations=mitigations,
+    )  # fmt: skip
     model = QuantbenchModel(config).eval().requires_grad_(False)
     initialise(model, seed)
     return model
@@ -281,8 +304,8 @@ def test_lm_eval_finds_our_bits_per_byte_and_our_choices(text: Reference, tokeni
     passages = cut(documents[:items], tokenizer, text.track.length)
     questions = last_words(documents, tokenizer, text.track.length, items)
     results = []
-    for seed in (0, 1):
-        model = untrained(text.data.vocab, text.track.length, seed)
+    for seed, mitigations in ((0, {}), (1, {"registers": {}})):
+        model = untrained(text.data.vocab, text.track.length, seed, mitigations)
         found = harness(model, text)
         nats = -sum(log_likelihood(model, [text.data.bos, *tokenizer.encode(p["text"])], 1) for p in passages)
         bits = nats / LN2 / sum(len(p["text"].encode()) for p in passages)

@@ -2,9 +2,11 @@
 
 import math
 from itertools import count
+from typing import Any
 
 import pytest
 import torch
+from tiny import MODELS, ids, model
 from torch import Tensor, nn
 
 from quantbench import catalog, trace
@@ -310,6 +312,95 @@ def test_value_drain_at_the_token_that_draws_attention() -> None:
     assert reading.extra["argmax-k"] == 2
     assert reading.extra["argmax"] == pytest.approx(0.1)
     assert reading.value == pytest.approx(1 / (6.1 / 7))
+
+
+# --- learned tokens in front ---
+
+
+def behind(front: int, metric: Metric) -> Any:
+    metric.front = front
+    return metric
+
+
+def test_the_peak_of_bos_is_its_own_behind_learned_tokens() -> None:
+    """Norms 8 2 | 6 1 2 3 2: the median is 2, a learned token is the largest."""
+    norms_BT = torch.tensor([[8.0, 2.0, 6.0, 1.0, 2.0, 3.0, 2.0]])
+    metric = behind(2, ResidualPeak())
+    metric.residual(0, Activations(norms_BT[..., None] * torch.tensor([0.6, -0.8])))
+    reading = metric.result()
+    assert reading.value == pytest.approx(4.0)
+    extra = {name: reading.extra[name] for name in ("bos", "others", "excess", "registers")}
+    assert extra == pytest.approx({"bos": 3.0, "others": 4.0, "excess": 6 - 18 / 6, "registers": 4.0})
+    assert reading.extra["registers.0"] == reading.extra["registers"]
+
+
+def test_attention_to_bos_is_that_of_the_tokens_behind_it() -> None:
+    """Two learned tokens, BOS, two tokens; a learned key at the end."""
+    weights_TS = torch.tensor(
+        [[1, 0, 0, 0, 0, 0.0], [1, 0, 0, 0, 0, 0], [1, 0, 0, 0, 0, 0], [0.1, 0.2, 0.4, 0.2, 0, 0.1],
+         [0.1, 0, 0.6, 0, 0, 0.3]]
+    )  # fmt: skip
+    metric = behind(2, BosAttention())
+    metric.tokens(torch.tensor([[65, 4, 7]]))
+    reading = of_attention(metric, weights_TS[None, None])
+    assert reading.value == pytest.approx((0.4 + 0.6) / 2)
+    assert reading.extra["registers"] == pytest.approx((0.3 + 0.1) / 2)
+    assert reading.extra["learned-keys"] == pytest.approx((0.1 + 0.3) / 2)
+    without_triggers = behind(2, BosAttention(triggers=[7]))
+    without_triggers.tokens(torch.tensor([[65, 4, 7]]))
+    assert of_attention(without_triggers, weights_TS[None, None]).value == pytest.approx(0.4)
+
+
+def test_a_sink_that_moved_to_a_learned_token_is_found_there() -> None:
+    on_one, on_bos = one_hot_rows(16, [0, *[1] * 15]), one_hot_rows(16, [0, 1, *[2] * 14])
+    reading = of_attention(behind(2, SinkRate()), torch.cat((on_one, on_one, on_bos), 1))
+    assert (reading.value, reading.extra) == (pytest.approx(2 / 3), {"k": 1, "bos": pytest.approx(1 / 3), "front": 2})
+    assert of_attention(behind(4, SinkRate()), one_hot_rows(5, [0] * 5)).extra["bos"] is None  # it is not searched
+
+
+def test_delta_logit_behind_learned_tokens_by_hand() -> None:
+    """Queries 3 and 4 stand behind BOS at 1 with a rival behind it: 2, and 2 and 3."""
+    scores_TT = torch.tensor(
+        [[9.0, 0, 0, 0, 0], [8, 9, 0, 0, 0], [3, 4, 9, 0, 0], [6, 5, 1, 9, 0], [4, 7, 2, 4, 9]]
+    )  # fmt: skip
+    on_zero = one_hot_rows(5, [0] * 5)
+    reading = of_attention(behind(1, DeltaLogit()), on_zero, scores_TT[None, None])
+    assert reading.value == pytest.approx(((5 - 1) + (7 - 3)) / 2)
+    assert reading.extra["argmax"] == pytest.approx(((6 - 1) + (4 - 3)) / 2)
+    assert (reading.extra["argmax-k"], reading.extra["front"]) == (0, 1)
+
+
+def test_value_drain_of_bos_behind_learned_tokens() -> None:
+    values_BHTE = torch.tensor([2.0, 0.5, 1.0, 3.0]).view(1, 1, 4, 1)
+    metric = behind(1, ValueDrain())
+    metric.attention(0, torch.zeros(1, 1, 4, 4), one_hot_rows(4, [0] * 4))
+    metric.values(0, values_BHTE, torch.ones(1, 1, 1))
+    reading = metric.result()
+    assert reading.value == pytest.approx(0.5 / 2)
+    assert reading.extra["argmax"] == pytest.approx(2 / 1.5)
+    assert (reading.extra["argmax-k"], reading.extra["front"]) == (0, 1)
+
+
+def test_metrics_of_a_model_with_registers_know_where_bos_is() -> None:
+    """They are those of the stream in which the registers are tokens, and BOS is at position R."""
+    decoder, ids_BT = model({"registers": {"count": 3}}), ids(4, 12)
+    names = catalog.names("metrics")
+    found = trace.measure(decoder, ids_BT.split(2), names)
+    norms_LBT = trace.peak_norms(decoder, ids_BT).double()
+    assert norms_LBT.shape == (2, 4, 3 + 12)
+    medians_LB = median(norms_LBT)
+    peak = found["residual-peak"]
+    for layer in (0, 1):
+        for name, norms_BT in {"bos": norms_LBT[layer, :, 3], "registers": norms_LBT[layer, :, :3].amax(-1)}.items():
+            expected = float((norms_BT / medians_LB[layer]).mean())
+            assert peak.extra[f"{name}.{layer}"] == pytest.approx(expected, rel=1e-6)
+        assert peak.per_layer[layer] == pytest.approx(float((norms_LBT[layer].amax(-1) / medians_LB[layer]).mean()))
+    plain = trace.measure(model(), ids_BT.split(2), names)
+    for name in names:
+        more = {"residual-peak": {"registers", "registers.0", "registers.1"}, "bos-attention": {"registers"}}
+        due = more.get(name, {"front"} if name in ("sink-rate", "delta-logit", "value-drain") else set())
+        assert found[name].extra.keys() - plain[name].extra.keys() == due, name
+        assert found[name].value is not None
 
 
 # --- what every metric keeps ---
@@ -626,6 +717,22 @@ def test_extreme_tokens_of_nothing_or_of_zeros_are_refused() -> None:
         trace.extreme_tokens(model, batches(), model.parts())
 
 
+def test_bos_is_always_extreme_wherever_it_stands() -> None:
+    decoder, ids_BT = model({"registers": {"count": 3}}), ids(4, 12)
+    rule = trace.extreme_tokens(decoder, [ids_BT])
+    assert rule.bos == 3
+    assert rule.mask(decoder, ids_BT).nonzero().tolist() == [[b, 3] for b in range(4)]
+    with torch.no_grad():
+        decoder.front.tokens_RD[1] *= 100
+    rule = trace.extreme_tokens(decoder, [ids_BT])
+    mask_BT = rule.mask(decoder, ids_BT)
+    assert mask_BT.nonzero().tolist() == [[b, t] for b in range(4) for t in (1, 3)]
+    random_BT = trace.random_mask(mask_BT, torch.Generator().manual_seed(0))
+    assert random_BT.sum(-1).tolist() == [2] * 4
+    assert not (random_BT & mask_BT).any()
+    assert trace.extreme_tokens(model(), [ids_BT]).bos == 0
+
+
 def test_random_mask_takes_as_many_others() -> None:
     mask_BT = torch.zeros(64, 10, dtype=torch.bool)
     mask_BT[:, 0] = mask_BT[::2, 4] = True
@@ -664,15 +771,12 @@ def test_sqnr_by_hand_and_without_the_sink() -> None:
 # --- our own model ---
 
 
-def test_the_projects_model_is_measured_whole() -> None:
-    from quantbench.model import QuantbenchConfig, QuantbenchModel
-
-    torch.manual_seed(0)
-    model = QuantbenchModel(QuantbenchConfig(vocab_size=32, layers=2, heads=2, width=64, mlp_width=64))
-    ids_BT = torch.randint(0, 32, (2, 16), generator=torch.Generator().manual_seed(2))
-    readings = trace.measure(model, [ids_BT], catalog.names("metrics"))
+@pytest.mark.parametrize("change", MODELS)
+def test_the_projects_models_are_measured_whole(change: str) -> None:
+    decoder, ids_BT = model(MODELS[change]), ids(2, 16)
+    readings = trace.measure(decoder, [ids_BT], catalog.names("metrics"))
     assert all(reading.value is not None and len(reading.per_layer) == 2 for reading in readings.values())
-    assert hooks(model) == 0
-    with torch.no_grad():
-        watched = trace.peak_norms(model, ids_BT)
-    assert watched.shape == (2, 2, 16)
+    assert hooks(decoder) == 0
+    assert trace.peak_norms(decoder, ids_BT).shape == (2, 2, decoder.registers + 16)
+    found = trace.signatures(decoder, [ids_BT])
+    assert found == {name: readings[name].value for name in found}

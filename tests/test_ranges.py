@@ -9,9 +9,10 @@ import torch
 from tiny import gaussian, ids
 from tiny import model as ours
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from quantbench.anatomy import Site, anatomy
-from quantbench.calibration import Calibration, Exemption, spans, what_counts
+from quantbench.calibration import Calibration, Exemption, spans, uncounted, what_counts
 from quantbench.ops.integers import dequantize, limits, offsets, quantize, steps
 from quantbench.ops.ranges import Histogram, Span
 from quantbench.quantizers import Rounding, nearest, round_site
@@ -338,6 +339,33 @@ def test_a_key_that_comes_later_changes_no_score_that_is_seen(scope: str, symmet
         before, after = site(x), site(changed)
     assert torch.equal(before[..., CAUSAL], after[..., CAUSAL])
     assert not torch.equal(before[..., CAUSAL], x[..., CAUSAL])
+
+
+def test_of_pairs_the_first_keys_are_cached_and_the_last_are_learned():
+    """Two queries; columns: one cached key, the two queries' own, one learned key. Position 0 is exempt."""
+    exemption, x = Exemption(), torch.arange(1.0, 9.0).view(1, 1, 2, 4)
+    assert what_counts(x, "scores", exemption, appended=1)[0, 0].tolist() == [[1, 2, 0, 4], [5, 6, 7, 8]]
+    assert what_counts(x, "scores", exemption)[0, 0].tolist() == [[1, 2, 3, 0], [5, 6, 7, 8]]  # two cached ones
+    future = uncounted(x, "probabilities", exemption, appended=1)
+    assert future.int().tolist() == [[0, 0, 1, 0], [0, 0, 0, 0]]
+    with exemption.of(torch.tensor([[True, False]])):
+        exempt = exemption.spread(x, "scores", appended=1)
+        assert exempt.expand_as(x)[0, 0].int().tolist() == [[1, 1, 1, 1], [0, 1, 0, 0]]
+        assert what_counts(x, "scores", exemption, appended=1)[0, 0].tolist() == [[0] * 4, [5, 0, 7, 8]]
+
+
+def test_the_range_of_scores_holds_those_of_a_learned_key_and_of_no_later_one():
+    model = ours({"kv-bias": {}})
+    for block in model.blocks:
+        block.attention.form.key_D.data *= 1000
+    for site in ("scores", "probabilities"):
+        x = seen(model, site, f"1.attention.{site}")
+        assert x.shape[-1] == x.shape[-2] + 1
+        counts = F.pad(CAUSAL, (0, 1), value=True).expand_as(x)
+        if site == "scores":
+            assert x[..., -1].abs().max() > x[..., :-1].abs().max()
+        found = spans(model, calibration(False), (site,), 8)[f"1.attention.{site}"]
+        assert float(found.high) == pytest.approx(float(x[counts].abs().max()), rel=1e-5)
 
 
 @pytest.mark.parametrize("scope", ["static", "token", "tensor"])

@@ -159,12 +159,18 @@ def test_the_input_that_carries_the_sink_pays_and_sparing_it_removes_the_damage(
 # --- against whole passes --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["w8a8-static-qualcomm", "w4a4-token-residual", "head", "prefix"])
+@pytest.mark.parametrize("name", ["w8a8-static-qualcomm", "w4a4-token-residual", "head", "prefix", "registers"])
 def test_a_pass_that_begins_at_a_block_is_a_whole_pass(sink: Reference, name: str) -> None:
-    schemes = {"head": Integer(sites=("inputs", "head", "embeddings")), "prefix": quantizer("w8a8-static-residual")}
+    schemes = {
+        "head": Integer(sites=("inputs", "head", "embeddings")),
+        "prefix": quantizer("w8a8-static-residual"),
+        "registers": Integer(sites=("inputs", "residual", "probabilities")),
+    }
     scheme = schemes[name] if name in schemes else quantizer(name)
     if name == "prefix":  # the sink stands in the cache
         sink = Reference(with_sink(), sink.data, sink.track, PrefixKV())
+    if name == "registers":
+        sink = Reference(with_sink({"registers": {}, "kv-bias": {}}), sink.data, sink.track)
     before = {path: id(module) for path, module in sink.model.named_modules()}
     _, kept = sites.measure(sink, scheme)
 

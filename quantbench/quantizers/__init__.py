@@ -285,6 +285,10 @@ class IntegerLinear(LowBitLinear):
         zeros = 0 if self.zero_NG is None else self.zero_NG.nbytes
         return 8 * (self.weight.nbytes + self.scale_NG.nbytes + zeros)
 
+    def forward(self, x: Tensor) -> Tensor:
+        # Where no input is rounded none is exempt: of the head's there are fewer than of the stream's, with registers.
+        return self.low_bit(x, x) if self.rounding is None else super().forward(x)
+
     def low_bit(self, x: Tensor, counted: Tensor) -> Tensor:
         if self.rounding is None:
             return F.linear(x, self.dequantized_NK().to(x.dtype), self.bias)
