@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from test_pretrain import interrupted, same, train
 from tiny import RECIPES, gaussian, ids, model, track
 from torch import Tensor, nn
 
@@ -316,8 +317,8 @@ def test_bases_are_orthogonal_drawn_from_the_seed_and_each_of_its_own() -> None:
         list(OrthoAdam(seed=seed).optimizer(Two(), HERE).bases.values())  # type: ignore[attr-defined]
         for seed in (0, 0, 1)
     )
-    for bases, same, different in zip(first, again, other, strict=True):
-        for q, equal, unlike in zip(bases, same, different, strict=True):
+    for bases, repeated, different in zip(first, again, other, strict=True):
+        for q, equal, unlike in zip(bases, repeated, different, strict=True):
             assert torch.equal(q, equal)
             assert not torch.equal(q, unlike)
             torch.testing.assert_close(q @ q.T, torch.eye(len(q)), rtol=0, atol=1e-6)
@@ -353,3 +354,28 @@ def test_an_optimizer_goes_on_from_its_saved_state_bit_for_bit(name: str) -> Non
     assert fresh.state_dict()["state"].keys() == set(range(len(list(whole.parameters()))))
     steps(forgetful, forgetful.config.mitigation().optimizer(forgetful, HERE), range(3, 6))
     assert not torch.equal(forgetful.head.weight, whole.head.weight)
+
+
+@pytest.mark.parametrize("name", ["muon", "ortho-adam", "osp", "peak-penalty", "registers"])
+def test_an_interrupted_run_is_the_uninterrupted_one(name: str, tmp_path: Path) -> None:
+    held = track(steps=12, timeline=4)
+    whole = train(RECIPES[name], held, tmp_path / "whole")
+    interrupted(RECIPES[name], held, tmp_path / "cut", after=8)
+    assert same(train(RECIPES[name], held, tmp_path / "cut"), whole)
+
+
+def test_the_peak_penalty_is_left_out_of_what_is_logged_and_lowers_the_peaks(tmp_path: Path) -> None:
+    held = track(steps=20, timeline=2)
+    plain = train({}, held, tmp_path / "plain")
+    penalised = train({"peak-penalty": {"weight": 10.0, "relative": True}}, held, tmp_path / "penalised")
+    assert penalised.losses[0] == plain.losses[0]
+    assert penalised.timeline[0] == plain.timeline[0]
+    assert penalised.losses[1] != plain.losses[1]
+    largest = []
+    for done in (plain, penalised):
+        states: list[Tensor] = []
+        done.model.blocks[-1].register_forward_hook(lambda _, __, y, states=states: states.append(y))
+        with torch.no_grad():
+            done.model(ids(16))
+        largest.append(float(states[0].abs().max() / states[0].square().mean().sqrt()))
+    assert largest[1] < 0.9 * largest[0]

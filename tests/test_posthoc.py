@@ -12,6 +12,7 @@ import torch
 from test_bench import TINY, project_in
 from test_evaluate import LENGTH, VOCAB, Fixed, sampled, track, with_sink
 from tiny import ENTRIES, RECIPES, ROOT, gaussian, ids, model, quantizer
+from tiny import MODELS as PARTS
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -218,6 +219,32 @@ def test_a_rotation_leaves_no_gains_and_no_mean_to_take_out(kind: str) -> None:
     assert parts.head.weight is not parts.table.weight
 
 
+# What a rewriting cannot reach: who refuses which part of a model. All else keeps its function.
+REFUSED = {
+    "registers": ("hadamard",),  # learned tokens enter the stream where no rotation reaches them
+    "gated-attention-qualcomm": ("hadamard", "smoothquant"),  # its gate is no Linear
+    "outlier-protected-block": ("smoothquant",),  # no norm in front, no gain
+}
+
+
+@pytest.mark.parametrize("change", PARTS)
+def test_a_prepared_model_computes_what_it_did_or_is_refused_in_a_line(change: str) -> None:
+    entries = [SmoothQuant(), Hadamard(), PrefixKV(tokens=3), PercentileClip()]
+    refusing = {name for part in PARTS[change] for name in REFUSED.get(part, ())}
+    for entry in entries:
+        decoder = drawn(model(PARTS[change], mlp_width=192)).double()
+        before, name = logits(decoder), catalog.entry_name("mitigations", entry)
+        if name in refusing:
+            with pytest.raises(ValueError, match=rf"^{name}: not applicable: [^\n]*$"):
+                entry.prepare(decoder, CALIBRATION)
+            continue
+        prepared = entry.prepare(decoder, CALIBRATION)
+        assert (prepared.model is decoder) == (name != "prefix-kv")
+        if name == "prefix-kv":
+            assert prepared.model.keys_LHRE.shape[2] == decoder.registers + 1  # no token but BOS is extreme
+        torch.testing.assert_close(logits(prepared.model), before, rtol=0, atol=1e-4)
+
+
 def test_a_part_of_its_own_is_refused_and_not_broken() -> None:
     """Learned tokens enter the stream where no rotation reaches them."""
     decoder = with_front()
@@ -389,8 +416,9 @@ def test_the_prefix_takes_the_most_frequent_extreme_tokens_where_there_are_any()
     assert found == [[BOS], [BOS, 9, 5], [BOS, 9, 5, 11]]
 
 
-def test_a_prefix_that_learned_positions_have_no_room_for_is_refused() -> None:
-    decoder = ours(layers=1, positions="learned", max_position_embeddings=20)
+@pytest.mark.parametrize("mitigations", [{}, {"registers": {}}], ids=["", "registers"])
+def test_a_prefix_that_learned_positions_have_no_room_for_is_refused(mitigations: dict[str, Any]) -> None:
+    decoder = ours(layers=1, positions="learned", max_position_embeddings=20, mitigations=mitigations)
     logits(PrefixKV(tokens=4).prepare(decoder, CALIBRATION).model)  # BOS alone
     decoder.embed.weight[[BOS, int(IDS[0, 5])]] *= 100
     with pytest.raises(ValueError, match=r"2 tokens and 19 behind it are more than the 20 learned positions"):

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tiny import MODELS, quantizer
 from tiny import model as ours
-from tiny import quantizer
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -419,6 +419,35 @@ def test_every_entry_quantizes_a_model(name: str):
     assert all(torch.equal(model.state_dict()[name], before[name]) for name in kept)
     assert torch.equal(logits(model), got)  # nothing adapts as it runs
     assert entry.title
+
+
+# One of each kind, with what it may cost a model that was not trained.
+KINDS = {"w8a8-static-qualcomm": 0.4, "w4a4kv4": 1.2, "w4a16-gptq": 0.8, "w4a16-awq": 0.8, "llm-int8": 0.2}
+KINDS |= {"llm-int8-elementwise": 0.2, "bnb-int8": 0.2, "bnb-nf4": 0.8}
+
+
+@pytest.mark.parametrize("change", MODELS)
+def test_one_of_each_kind_quantizes_a_model_with_every_part(change: str):
+    def build() -> Any:
+        return ours(MODELS[change], vocab_size=128).requires_grad_(False)
+
+    full, linears = logits(build()), len(anatomy(build()).linears())
+    for name, most in KINDS.items():
+        model = build()
+        report = quantizer(name).quantize(model, calibration())
+        assert 0 < error(logits(model), full) < most, name
+        assert report["share-of-weights"] == 1.0
+        assert sum(isinstance(module, LowBitLinear) for block in model.blocks for module in block.modules()) >= linears
+
+
+@pytest.mark.parametrize("change", MODELS)
+def test_where_every_position_is_exempt_no_site_of_any_part_is_rounded(change: str):
+    model, data = ours(MODELS[change], vocab_size=128).requires_grad_(False), calibration()
+    full = logits(model)
+    quantizer("w8a8-static", weights=16, activations=3, sites=SITES, symmetric=False).quantize(model, data)
+    assert error(logits(model), full) > 0.05
+    with data.exemption.of(torch.ones(len(IDS), model.registers + IDS.shape[1], dtype=torch.bool)):
+        torch.testing.assert_close(logits(model), full, rtol=1e-4, atol=1e-4)
 
 
 def test_more_bits_hurt_less():
