@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from quantbench.relation import finished, point
+from quantbench.relation import finished, point, post_hoc
 from quantbench.results import BASELINE, Record
 
 if TYPE_CHECKING:
@@ -89,8 +89,11 @@ def relations(records: list[Record], figures: dict[str, Any]) -> bytes | None:
 
 
 def timeline(records: list[Record]) -> bytes | None:
-    """The three signatures over training, a line per recipe (mean over seeds). None where nothing was logged."""
-    runs = finished(records)
+    """The three signatures over training, a line per pretraining recipe (mean over seeds).
+
+    None where nothing was logged.
+    """
+    runs = [run for run in finished(records) if not post_hoc(run)]
     panels = []
     for signature, (title, unit, scale) in SIGNATURES.items():
         courses = {
@@ -98,7 +101,9 @@ def timeline(records: list[Record]) -> bytes | None:
             for recipe in _styles(runs)
         }
         panels.append(Panel(title, unit, scale, courses))
-    return _lines(panels, "training step", lambda axes: _training_steps(axes, runs), _styles(runs))
+    styles = _styles(finished(records))
+    shown = {name: style for name, style in styles.items() if name in {run["recipe"]["name"] for run in runs}}
+    return _lines(panels, "training step", lambda axes: _training_steps(axes, runs), shown)
 
 
 def propagation(sites: list[Record], records: list[Record]) -> bytes | None:
@@ -238,14 +243,15 @@ def _scatter(axes: Axes, runs: list[Record], quantizer: str) -> dict[str, tuple[
         return {}
     axes.set_xscale("log")
     axes.set_yscale("log")
-    centres = {}
+    centres, hollow = {}, {run["recipe"]["name"] for run in runs if post_hoc(run)}
     for recipe, (colour, marker) in _styles(runs).items():
         if recipe not in points:
             continue
         xs, ys = zip(*points[recipe], strict=True)
         x, y = (math.exp(math.fsum(map(math.log, values)) / len(values)) for values in (xs, ys))
         axes.plot(xs, ys, marker, color=colour, markersize=2.5, alpha=0.45, markeredgewidth=0)
-        axes.plot([x], [y], marker, color=colour, markersize=5.5, markeredgecolor="white", markeredgewidth=0.6)
+        face, edge = ("white", colour) if recipe in hollow else (colour, "white")
+        axes.plot([x], [y], marker, color=face, markersize=5.5, markeredgecolor=edge, markeredgewidth=0.8)
         centres[recipe] = (x, y)
     axes.margins(0.08)
     for axis in (axes.xaxis, axes.yaxis):

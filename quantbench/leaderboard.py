@@ -328,11 +328,29 @@ def relation_table(related: dict[str, Any]) -> Table:
     rows = []
     for quantizer, by_predictor in related.items():
         for predictor, found in by_predictor.items():
-            if found["n"] > 2:
+            if found["n"] > 2 and predictor in relation.PREDICTORS:
                 counts = [str(found[name]) for name in ("n", "recipes", "clusters")]
                 r2 = found["leave-one-recipe-out-r2"]
                 rows.append([quantizer, predictor, *counts, *(_estimate(found[name]) for name in names), _plain(r2)])
     return header, rows
+
+
+def predictor_table(related: dict[str, Any]) -> Table:
+    """Which figure of the full-precision model the error goes with: ρ of every predictor under every quantizer."""
+    predictors = list(next(iter(related.values()), {}))
+    rows = [
+        [quantizer, *(_rank_correlation(by_predictor[name]["rho"]) for name in predictors)]
+        for quantizer, by_predictor in related.items()
+    ]
+    return ["quantizer", *predictors], rows
+
+
+def _rank_correlation(rho: dict[str, Any] | None) -> str:
+    """Two digits, marked where the interval leaves out 0."""
+    if rho is None:
+        return "–"
+    apart = rho["low"] is not None and not rho["low"] <= 0 <= rho["high"]
+    return f"{rho['estimate']:.2f}{' †' if apart else ''}".replace("-", "−")
 
 
 def table(results_root: Path, track: str) -> Table:
@@ -505,6 +523,7 @@ def _section(track: Board, related: dict[str, Any], pictures: dict[str, str]) ->
     relations = relation_table(related)
     if relations[1]:
         parts += ["### Does the peak predict the error?", RELATION_LEGEND, _markdown(relations)]
+        parts += [PREDICTORS_LEGEND, _markdown(predictor_table(related))]
     parts += [f"![{what}]({track.name}/{name})" for name, what in pictures.items() if name != "timeline.svg"]
     if "timeline.svg" in pictures:
         parts += ["### When the signatures emerge", f"![{pictures['timeline.svg']}]({track.name}/timeline.svg)"]
@@ -522,10 +541,12 @@ def _sites_section(track: Board, quantizer: str, runs: list[Record], pictured: b
 MAP_LEGEND = """Damage in nats per token, and in brackets the KL relative to the baseline's, paired over seeds; † \
 where its 95% interval leaves out 1 (Dunnett over the recipes of a cell; cells are not adjusted for one another). \
 *residual*: the residual stream is rounded after every sublayer, too. W4A4 weights come in groups of 64."""
-RELATION_LEGEND = f"""log KL(full ‖ quantized) on the log of the predictor, a point per run. ρ: Spearman, over all \
+RELATION_LEGEND = f"""log KL(full ‖ quantized) on the log of the predictor, a point per run of a pretraining recipe \
+(the pictures have post-hoc ones, too, hollow). ρ: Spearman, over all \
 runs; *within* recipes (their means removed); *given* the full-precision loss (partial). In brackets 95% limits of a \
 bootstrap over clusters of recipes that share a mitigation. Below {relation.FEWEST_RECIPES} recipes only ρ and the \
 counts are given. R²: how well a line through the other recipes predicts a recipe, against their mean."""
+PREDICTORS_LEGEND = """Its rivals, by ρ alone; † where the interval leaves out 0 (each by itself: they are many)."""
 
 
 def _legend() -> str:

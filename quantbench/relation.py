@@ -2,9 +2,10 @@
 
     log KL(full || quantized) = slope * log(predictor) + constant
 
-A point is a finished run (recipe, seed). Pooled over recipes, the relation mixes what the recipes change otherwise;
-*within* recipes (means of the recipe removed) only seeds differ; *partial* is given the full-precision loss. Rank
-correlations are Spearman's, slopes least squares. Runs are no independent evidence: recipes that share a
+A point is a finished run (recipe, seed) of its own pretraining: what comes after training has the figures of the
+checkpoint that it shares, and asks another question. Pooled over recipes, the relation mixes what the recipes change
+otherwise; *within* recipes (means of the recipe removed) only seeds differ; *partial* is given the full-precision loss.
+Rank correlations are Spearman's, slopes least squares. Runs are no independent evidence: recipes that share a
 mitigation are relatives, so that intervals are percentiles of a bootstrap over clusters of relatives (2,000 draws
 from a fixed generator, computed as weights). R2 is of predicting a whole recipe from a line through the others,
 against the mean of the others. Below 8 recipes only rho and n are given: an interval would pretend.
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
     Floats = NDArray[np.float64]
 
 PREDICTORS = ("residual-peak", "act-max")
+# Rivals of the two, each with a literature that has it predict the error.
+RIVALS = ("inf-norm", "kurtosis-he", "kurtosis-osp", "kurtosis-qualcomm", "mmr", "bos-attention")
 FEWEST_RECIPES = 8  # for intervals, slopes and R2
 DRAWS = 2000
 
@@ -34,17 +37,19 @@ DRAWS = 2000
 def relate(records: list[Record]) -> dict[str, Any]:
     """{track: {quantizer: {predictor: figures}}}, fit for JSON; undefined figures are None.
 
-    Figures: n, recipes, clusters, excluded (runs whose KL or predictor is not above 0), rho, slope, within-rho,
-    within-slope, partial-rho (each {estimate, low, high}) and leave-one-recipe-out-r2.
+    Figures: n, recipes, clusters, excluded (runs whose KL or predictor is not above 0), rho, and, None for RIVALS,
+    slope, within-rho, within-slope, partial-rho (each {estimate, low, high}) and leave-one-recipe-out-r2.
     """
     tracks = sorted({r["track"]["name"] for r in records})
     return {track: _track([r for r in records if r["track"]["name"] == track]) for track in tracks}
 
 
 def _track(records: list[Record]) -> dict[str, Any]:
-    runs = finished(records)
+    runs = [r for r in finished(records) if not post_hoc(r)]
+    measured = {name for r in runs for name in r["full-precision"]["metrics"]}
+    predictors = [*PREDICTORS, *(name for name in RIVALS if name in measured)]
     return {
-        quantizer: {predictor: _figures(runs, quantizer, predictor) for predictor in PREDICTORS}
+        quantizer: {predictor: _figures(runs, quantizer, predictor) for predictor in predictors}
         for quantizer in sorted({name for r in runs for name in r["quantized"]})
     }
 
@@ -52,6 +57,11 @@ def _track(records: list[Record]) -> dict[str, Any]:
 def finished(records: list[Record]) -> list[Record]:
     """The finished runs of one track that may be pooled."""
     return [r for r in comparable(records)[0] if r["status"] == "finished"]
+
+
+def post_hoc(record: Record) -> bool:
+    """Whether the run shares the checkpoint of another recipe."""
+    return any(name in POST_HOC for name in record["recipe"]["resolved"].get("mitigations") or {})
 
 
 def point(record: Record, quantizer: str, predictor: str) -> tuple[float, float] | None:
@@ -64,9 +74,9 @@ def point(record: Record, quantizer: str, predictor: str) -> tuple[float, float]
 def cluster(record: Record) -> str:
     """The mitigation by which recipes are relatives: the first of its names (records sort them), or the baseline.
 
-    Post-hoc mitigations make no relatives of their own: they share the checkpoints of what they build on.
+    Controls are of the baseline's family.
     """
-    named = set(record["recipe"]["resolved"].get("mitigations") or {}) - set(POST_HOC)
+    named = set(record["recipe"]["resolved"].get("mitigations") or {}) - {"adamw"}
     return min(named, default=BASELINE)
 
 
@@ -82,21 +92,23 @@ def _figures(runs: list[Record], quantizer: str, predictor: str) -> dict[str, An
         "clusters": len(set(clusters)),
         "excluded": sum(quantizer in r["quantized"] for r in runs) - len(points),
     }
-    names = ("rho", "slope", "within-rho", "within-slope", "partial-rho")
-    figures |= dict.fromkeys((*names, "leave-one-recipe-out-r2"))
+    every = ("rho", "slope", "within-rho", "within-slope", "partial-rho")
+    names = every if predictor in PREDICTORS else every[:1]
+    figures |= dict.fromkeys((*every, "leave-one-recipe-out-r2"))
     if len(points) < 3:
         return figures
     x_N, y_N = (np.log([at[axis] for _, at in points]) for axis in (0, 1))
     loss_N = np.array([r["full-precision"]["loss"] for r, _ in points])
     enough = figures["recipes"] >= FEWEST_RECIPES
-    estimates = _statistics(np.ones((1, len(points))), x_N, y_N, loss_N, recipes)
-    drawn = _statistics(_draws(clusters), x_N, y_N, loss_N, recipes) if enough else {}
+    compute = _statistics if predictor in PREDICTORS else _rho_alone
+    estimates = compute(np.ones((1, len(points))), x_N, y_N, loss_N, recipes)
+    drawn = compute(_draws(clusters), x_N, y_N, loss_N, recipes) if enough else {}
     for name in names if enough else ("rho",):
         estimate = float(estimates[name][0])
         if math.isfinite(estimate):
             low, high = _limits(drawn[name]) if enough else (None, None)
             figures[name] = {"estimate": round(estimate, 4), "low": low, "high": high}
-    if enough:
+    if enough and predictor in PREDICTORS:
         figures["leave-one-recipe-out-r2"] = _leave_one_recipe_out(x_N, y_N, recipes)
     return figures
 
@@ -129,9 +141,9 @@ def _statistics(weights_BN: Floats, x_N: Floats, y_N: Floats, loss_N: Floats, re
     repeated_BN = w * [recipes.count(name) > 1 for name in recipes]  # one seed says nothing within its recipe
     within_x_N, within_y_N = _within(x_N, recipes), _within(y_N, recipes)
     with np.errstate(divide="ignore", invalid="ignore"):
-        rho = _correlation(w, _ranks(w, x_N), _ranks(w, y_N))
-        rho_x = _correlation(w, _ranks(w, x_N), _ranks(w, loss_N))
-        rho_y = _correlation(w, _ranks(w, y_N), _ranks(w, loss_N))
+        ranks_x, ranks_y, ranks_loss = (_ranks(w, values_N) for values_N in (x_N, y_N, loss_N))
+        rho = _correlation(w, ranks_x, ranks_y)
+        rho_x, rho_y = _correlation(w, ranks_x, ranks_loss), _correlation(w, ranks_y, ranks_loss)
         return {
             "rho": rho,
             "slope": _covariance(w, x_N, y_N) / _covariance(w, x_N, x_N),
@@ -140,6 +152,14 @@ def _statistics(weights_BN: Floats, x_N: Floats, y_N: Floats, loss_N: Floats, re
             / _covariance(repeated_BN, within_x_N, within_x_N),
             "partial-rho": (rho - rho_x * rho_y) / np.sqrt((1 - rho_x**2) * (1 - rho_y**2)),
         }
+
+
+def _rho_alone(weights_BN: Floats, x_N: Floats, y_N: Floats, loss_N: Floats, recipes: list[str]) -> dict[str, Floats]:
+    """As `_statistics`, of a rival predictor."""
+    import numpy as np
+
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return {"rho": _correlation(weights_BN, _ranks(weights_BN, x_N), _ranks(weights_BN, y_N))}
 
 
 def _within(values_N: Floats, recipes: list[str]) -> Floats:
