@@ -32,7 +32,6 @@ from quantbench.trace import signatures
 VERSION = 1  # bumped by hand when the numbers that come out change; part of the cells' keys
 RECENT = 50  # steps over which a loss spike is judged
 SPIKE = 1.5  # times the loss of a uniform guess
-PASS = 1 << 15  # tokens of a batch that go through the model together, so that what is kept of them fits a GPU
 TIMELINE_SEQUENCES = 16  # held-out sequences behind each point of the timeline
 
 Progress = Callable[[int, float], None]  # (steps done, training loss)
@@ -141,27 +140,7 @@ def steady_memory() -> None:
 def _step(
     model: QuantbenchModel, mitigation: Mitigation, optimizer: torch.optim.Optimizer, ids_BT: Tensor, track: Track
 ) -> float:
-    """One update; the loss it returns is the cross-entropy alone, without any penalty.
-
-    A batch of more than `PASS` tokens goes through in parts, whose gradients add up; a penalty is then their mean.
-    """
-    total = torch.zeros((), device=ids_BT.device)
-    for part_BT in ids_BT.split(max(1, PASS // track.length)):
-        loss, penalty = _losses(model, mitigation, part_BT, track)
-        share = len(part_BT) / len(ids_BT)
-        ((loss if penalty is None else loss + penalty) * share).backward()
-        total += loss.detach() * share
-    if track.clip:
-        nn.utils.clip_grad_norm_(model.parameters(), track.clip)
-    optimizer.step()
-    optimizer.zero_grad()
-    return total.item()
-
-
-def _losses(
-    model: QuantbenchModel, mitigation: Mitigation, ids_BT: Tensor, track: Track
-) -> tuple[Tensor, Tensor | None]:
-    """The cross-entropy, and the penalty where there is one."""
+    """One update; the loss it returns is the cross-entropy alone, without any penalty."""
     low = track.precision == "bf16"
     blocks_BTD: list[Tensor] = []
     penalised = "penalty" in vars(mitigation)
@@ -171,7 +150,13 @@ def _losses(
     for handle in handles:
         handle.remove()
     loss = F.cross_entropy(logits_BTV.float().flatten(0, 1), ids_BT[:, 1:].flatten())
-    return loss, mitigation.penalty(blocks_BTD) if penalised else None
+    penalty = mitigation.penalty(blocks_BTD) if penalised else None
+    (loss if penalty is None else loss + penalty).backward()
+    if track.clip:
+        nn.utils.clip_grad_norm_(model.parameters(), track.clip)
+    optimizer.step()
+    optimizer.zero_grad()
+    return loss.item()
 
 
 @dataclass

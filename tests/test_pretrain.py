@@ -272,20 +272,6 @@ def test_the_loss_falls_in_a_few_steps(name: str, tmp_path: Path) -> None:
     assert np.mean(losses[-10:]) < losses[0] - 0.8
 
 
-@pytest.mark.usefixtures("squared")
-@pytest.mark.parametrize("mitigations", [{"sgd": {}}, {"sgd": {}, "squared-residual": {}}])
-def test_a_batch_in_parts_is_the_batch(
-    mitigations: Mitigations, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    held = track(steps=3, batch=7, timeline=0)
-    whole = train(mitigations, held, tmp_path / "whole", lr=0.1)
-    monkeypatch.setattr("quantbench.pretrain.PASS", 3 * held.length)  # three sequences, three, and one
-    parts = train(mitigations, held, tmp_path / "parts", lr=0.1)
-    assert parts.losses == pytest.approx(whole.losses, abs=1e-5)
-    for name, parameter in whole.model.state_dict().items():
-        torch.testing.assert_close(parts.model.state_dict()[name], parameter, rtol=1e-4, atol=1e-6)
-
-
 # Schedule and timeline
 
 
