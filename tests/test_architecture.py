@@ -240,6 +240,14 @@ def test_the_tree_of_the_readme_is_the_folder() -> None:
     assert all((ROOT / name).is_dir() for name in re.findall(r"^(\w+)/", tree, re.MULTILINE))
 
 
+def test_the_readme_names_every_recipe_once() -> None:
+    (table,) = re.findall(
+        r"^\| what it changes \| recipes \|\n(.*?)\n\n", (ROOT / "README.md").read_text(), re.DOTALL | re.M
+    )
+    named = re.findall(r"`([a-z0-9-]+)`", table)
+    assert sorted(named) == sorted({path.stem for path in (ROOT / "recipes").glob("*.yaml")} - {"baseline"})
+
+
 def test_the_tables_of_speed_are_what_the_measurements_render() -> None:
     from tests.perf.table import render
 
