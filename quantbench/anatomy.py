@@ -129,6 +129,7 @@ ARCHITECTURES = {  # a config's model_type -> what is known of it
     "mistral": LLAMA,
     "qwen2": LLAMA,
     "qwen3": LLAMA,
+    "smollm3": LLAMA,
     "olmo": LLAMA,
     "olmo2": replace(LLAMA, reads={}, behind=True),
     "gemma2": GEMMA,
@@ -184,9 +185,11 @@ def anatomy(model: Any) -> Anatomy:
             f"quantbench does not know where a {kind!r} model keeps its layers: add the paths of its parts to "
             f"ARCHITECTURES in anatomy.py (known: {', '.join(ARCHITECTURES)})"
         )
-    for name in ("add_cross_attention", "use_bidirectional_attention"):
-        if getattr(config, name, False):
-            raise ValueError(f"{type(model).__name__} with {name} is no causal language model of a decoder alone")
+    flags = {"add_cross_attention": True, "use_bidirectional_attention": True, "is_causal": False}
+    for name, refused in flags.items():
+        if getattr(config, name, None) is refused:
+            why = f"with {name}: {refused} is no causal language model of a decoder alone"
+            raise ValueError(f"{type(model).__name__} {why}")
     return _theirs(model, kind, ARCHITECTURES[kind])
 
 

@@ -9,6 +9,8 @@
 A saved config.json does not hold the name: register and name it at every from_pretrained, or the model comes back with
 softmax.
 
+A model whose `anatomy` is taken shows the form's scores and weights as our own model does.
+
 The names are those of the recipes. The model's mask says who sees whom (padding, sliding windows, packed sequences),
 n_i of ReLU and sigmoid attention is the number of keys that it leaves to query i, and a query that sees nobody gets 0.
 The model's scale and dropout are kept. T of clipped softmax is config.max_position_embeddings: set it to the length

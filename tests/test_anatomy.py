@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from test_evaluate import Fixed, track
 from tiny import ENTRIES, VOCAB, gaussian, ids, quantizer
 from tiny import model as our_model
 from torch import Tensor, nn
@@ -38,6 +39,7 @@ from transformers import (
     PreTrainedModel,
     Qwen2Config,
     Qwen3Config,
+    SmolLM3Config,
     T5Config,
     T5ForConditionalGeneration,
 )
@@ -48,6 +50,7 @@ from transformers.pytorch_utils import Conv1D
 from quantbench import catalog, heads, interface, sites, trace
 from quantbench.anatomy import HEADS, SITES, Anatomy, Transposed, anatomy
 from quantbench.calibration import Calibration, places
+from quantbench.evaluate import Reference
 from quantbench.quantizers import LowBitLinear
 
 T, H, D, LAYERS, WINDOW, PLACES = 12, 4, 64, 3, 4, 48
@@ -75,6 +78,7 @@ CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
     "mistral": lambda: MistralConfig(**GROUPED, sliding_window=WINDOW),
     "qwen2": lambda: Qwen2Config(**GROUPED),
     "qwen3": lambda: Qwen3Config(**GROUPED, head_dim=32),
+    "smollm3": lambda: SmolLM3Config(**GROUPED, no_rope_layers=[1, 0, 1]),
     "olmo": lambda: OlmoConfig(**GROUPED, clip_qkv=1.0),
     "olmo2": lambda: Olmo2Config(**GROUPED),
     "gemma2": lambda: Gemma2Config(**WINDOWED, attn_logit_softcapping=3.0, query_pre_attn_scalar=9),
@@ -379,6 +383,18 @@ def test_what_a_site_is_replaced_by_counts() -> None:
             close(seen["attention"], torch.zeros(len(IDS), T, D) + (0.0 if bias is None else bias))
 
 
+@pytest.mark.parametrize("architecture", ["llama", "opt"])
+def test_errors_of_sites_are_those_of_its_tokens(architecture: str) -> None:
+    data = Fixed(torch.cat((IDS, IDS[:, :1]), 1), VOCAB)
+    reference = Reference(model(architecture), data, track(quantizer("w8a8-static"), T, len(IDS)))
+    entry = quantizer("w8a8-token", sites=("inputs", *SITES[1:]))
+    masks = [torch.eye(len(ids_BT), T, dtype=torch.bool) for ids_BT in reference.batches]
+    found = sites.rounding_errors(reference, entry, reference.calibrate(), masks)
+    kinds = [places(anatomy(reference.model), kind) for kind in entry.sites]
+    assert set(found) == {place for kind in kinds for place in kind}
+    assert all(10 < decibels < 80 for both in found.values() for decibels in both.values())
+
+
 def test_a_block_that_is_run_twice_finds_no_cache() -> None:
     """Two equal models have no error, whichever block is given which input."""
     decoder = model("llama")
@@ -502,9 +518,13 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "no head": (lambda: GPT2Model(GPT2Config(**GPT2)), NO_DECODER),
     "cross-attention": (
         lambda: GPT2LMHeadModel(GPT2Config(**GPT2, add_cross_attention=True)),
-        "GPT2LMHeadModel with add_cross_attention is no causal language model of a decoder alone",
+        "GPT2LMHeadModel with add_cross_attention: True is no causal language model of a decoder alone",
     ),
-    "bidirectional": (bidirectional, "with use_bidirectional_attention is no causal"),
+    "bidirectional": (bidirectional, "with use_bidirectional_attention: True is no causal"),
+    "not causal": (
+        lambda: model("llama", config=LlamaConfig(**SHAPE, is_causal=False)),
+        "LlamaForCausalLM with is_causal: False is no causal",
+    ),
     "unknown": (
         lambda: model("bloom", "eager", BloomConfig(**SPECIAL, hidden_size=32, n_layer=2, n_head=H)),
         "quantbench does not know where a 'bloom' model keeps its layers: add the paths of its parts to ARCHITECTURES "
@@ -536,6 +556,12 @@ def test_the_names_of_what_shows_the_heads_mean_nothing_to_transformers() -> Non
         assert re.fullmatch(r"[a-z0-9-]+", name)
         assert not re.search("flash|flex|sdpa|eager|paged", name)
     assert set(heads.SHOWING) == set(interface.FORMS)
+
+
+def test_learned_positions_are_for_so_many_tokens() -> None:
+    assert anatomy(model("gpt2")).room == anatomy(model("opt")).room == PLACES
+    assert anatomy(our_model(positions="learned")).room == 32
+    assert anatomy(model("llama")).room is anatomy(our_model()).room is None
 
 
 def test_inputs_are_those_of_linears_inside_the_blocks() -> None:
