@@ -8,7 +8,7 @@ former attention as it is while nobody watches; else it computes softmax attenti
 
 Keys are those after positions turned them; keys and values pass their sites on the way to the cache, as in our model,
 and so in the heads that queries share. Learned sinks are a last column of scores and probabilities, which meets no
-value. The mask alone says who sees whom (padding, windows): scores are those before it, so that a static range of scores
+value. The mask alone says who sees whom (padding, windows): scores are those before it, so that a static range of them
 counts earlier keys that a window hides.
 
 Shapes: B sequences, H heads, G heads of keys and values (H or, where queries share them, fewer), T queries, S keys
