@@ -1,36 +1,27 @@
 """Where a causal language model keeps its layers, heads, values and residual stream.
 
 Everything after pretraining (trace, quantizers, evaluation) sees a model through this file alone, so that a
-downloaded Llama runs through the same code as what we pretrain. A new architecture is a few lines here.
+downloaded Llama runs through the same code as what we pretrain. A new architecture is a few lines of ARCHITECTURES.
+
+Taking the anatomy of a model of transformers leaves its function as it is, to the bit, and changes its modules: its
+attention gets sites (heads.py), the first block one at its entrance, and GPT-2's Conv1Ds become Linears. The sum after
+the attention, before the MLP, passes no module of theirs: `residual` is there the output of each block alone.
 
 Shapes: B sequences, T tokens, D residual features, H query heads, E features of a head.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from quantbench.heads import Site as Site
+from quantbench.heads import show
+
 # Where a tensor passes that can be quantized, kind by kind. A place of a kind is called `layer.name`.
 HEADS = ("keys", "values", "scores", "probabilities", "products")  # [B, H, T, ...], where the model shows its heads
 SITES = ("inputs", "residual", "norms", *HEADS)  # inputs: of the Linears inside the blocks, which are swapped
-
-
-class Site(nn.Module):
-    """A named place where a tensor passes and can be read or replaced by a forward hook; else the identity."""
-
-    def __init__(self, appended: int = 0) -> None:
-        super().__init__()
-        self.appended = appended  # of scores and probabilities: the last columns, whose keys are learned ones
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x
-
-    @property
-    def watched(self) -> bool:
-        """Whether anybody listens: what is dear to compute explicitly is computed only then."""
-        return bool(self._forward_hooks)
 
 
 class Prefixed(nn.Module):
@@ -53,7 +44,7 @@ class Heads:
 
     scores: nn.Module  # its output: logits before masking, [B, H, T, T]
     weights: nn.Module  # its output, after scores': what multiplies the values, [B, H, T, T or more]
-    values: nn.Module  # its output: value states, [B, H, T, E]
+    values: nn.Module  # its output: value states, repeated to the query heads, [B, H, T, E]
     output: nn.Linear  # W_O: its columns h*E..(h+1)*E are those of head h
 
 
@@ -82,6 +73,7 @@ class Anatomy:
     places: dict[str, dict[str, nn.Module]]  # kind of site -> place -> the module whose output passes there
     stream: Stream | None = None  # None where norms do not stand in front of the sublayers
     front: int = 0  # learned tokens before every sequence: positions of the stream, the last of them before BOS
+    room: int | None = None  # how many tokens learned positions are for; None where there are none
 
     def sites(self, kind: str) -> dict[str, nn.Module]:
         """The places of one kind of SITES but `inputs`; ValueError where the model does not show it."""
@@ -101,49 +93,207 @@ class Anatomy:
         }
 
 
-def anatomy(model: Any) -> Anatomy:
-    """The anatomy of a causal LM. ValueError for an architecture that this file does not know."""
-    if isinstance(model, Prefixed):
-        return anatomy(model.inner)
-    kind = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
-    if kind == "quantbench":
-        blocks = list(model.blocks)
-        heads = [
-            Heads(b.attention.scores, b.attention.probabilities, b.attention.values, b.attention.out) for b in blocks
-        ]
-        places = {
-            "residual": {"attention.residual": "attention_join", "residual": ""},
-            "norms": {"attention.norm": "attention_norm", "mlp.norm": "mlp_norm"},
-            **{at: {f"attention.{at}": f"attention.{at}"} for at in HEADS},
-        }
-        tables = [model.embed] if model.places is None else [model.embed, model.places]
-        width = model.config.width
-        gates = [
-            name for name, m in blocks[0].attention.output.named_modules() if getattr(m, "in_features", 0) == width
-        ]
-        reads = {"attention_norm": ["attention.qkv", *(f"attention.output.{name}" for name in gates)],
-                 "mlp_norm": ["mlp.up"]}  # fmt: skip
-        stream = _stream(blocks, tables, reads, model.norm, ["attention.out"], "mlp.down")
-        found = _places(blocks, places)
-        return Anatomy(model.embed, model.embedded, blocks, model.head, heads, found, stream, model.registers)
-    if kind in ("llama", "mistral", "qwen2", "qwen3", "olmo", "olmo2"):
-        blocks = list(model.model.layers)
-        places = {
-            "residual": {"residual": ""},
-            "norms": {"attention.norm": "input_layernorm", "mlp.norm": "post_attention_layernorm"},
-            "keys": {"self_attn.keys": "self_attn.k_proj"},  # before the positions turn them
-            "values": {"self_attn.values": "self_attn.v_proj"},
-        }
-        if kind == "olmo2":  # its norms follow the sublayers; it has no input_layernorm
-            del places["norms"]
-        table, last = model.model.embed_tokens, getattr(model.model, "norm", None)
-        reads = {
+@dataclass(frozen=True)
+class Architecture:
+    """Where the models of a kind keep their parts: paths from the model or, of what each block has, from the block."""
+
+    blocks: str = "model.layers"
+    table: str = "model.embed_tokens"
+    positions: str = ""  # a table of learned ones
+    last: str = "model.norm"  # what the head reads
+    head: str = "lm_head"
+    attention: str = "self_attn"
+    output: str = "self_attn.o_proj"  # W_O
+    reads: dict[str, list[str]] = field(  # the norms in front of attention and MLP, each with the Linears that read it
+        default_factory=lambda: {
             "input_layernorm": ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
             "post_attention_layernorm": ["mlp.gate_proj", "mlp.up_proj"],
         }
-        stream = _stream(blocks, [table], reads, last, ["self_attn.o_proj"], "mlp.down_proj")
-        return Anatomy(table, table, blocks, model.lm_head, [], _places(blocks, places), stream)
-    raise ValueError(f"quantbench does not know where a {kind!r} model keeps its layers: add it to anatomy.py")
+    )
+    down: str = "mlp.down_proj"  # the MLP's last Linear
+    behind: bool = False  # whether there are norms behind the sublayers, too
+    conv1d: bool = False  # whether its Linears are Conv1Ds
+
+
+LLAMA = Architecture()
+GEMMA = replace(
+    LLAMA,
+    reads={
+        "input_layernorm": LLAMA.reads["input_layernorm"],
+        "pre_feedforward_layernorm": LLAMA.reads["post_attention_layernorm"],
+    },
+    behind=True,
+)
+ARCHITECTURES = {  # a config's model_type -> what is known of it
+    "llama": LLAMA,  # SmolLM and SmolLM2 are Llamas, too
+    "mistral": LLAMA,
+    "qwen2": LLAMA,
+    "qwen3": LLAMA,
+    "smollm3": LLAMA,
+    "olmo": LLAMA,
+    "olmo2": replace(LLAMA, reads={}, behind=True),
+    "gemma2": GEMMA,
+    "gemma3_text": GEMMA,
+    "gpt_oss": LLAMA,  # its experts are no Linears, so that nobody knows who reads and writes the stream
+    "gpt2": Architecture(
+        blocks="transformer.h",
+        table="transformer.wte",
+        positions="transformer.wpe",
+        last="transformer.ln_f",
+        attention="attn",
+        output="attn.c_proj",
+        reads={"ln_1": ["attn.c_attn"], "ln_2": ["mlp.c_fc"]},
+        down="mlp.c_proj",
+        conv1d=True,
+    ),
+    "opt": Architecture(
+        blocks="model.decoder.layers",
+        table="model.decoder.embed_tokens",
+        positions="model.decoder.embed_positions",
+        last="model.decoder.final_layer_norm",
+        output="self_attn.out_proj",
+        reads={"self_attn_layer_norm": LLAMA.reads["input_layernorm"], "final_layer_norm": ["fc1"]},
+        down="fc2",
+    ),
+    "gpt_neox": Architecture(  # Pythia; both norms may read one stream
+        blocks="gpt_neox.layers",
+        table="gpt_neox.embed_in",
+        last="gpt_neox.final_layer_norm",
+        attention="attention",
+        output="attention.dense",
+        reads={
+            "input_layernorm": ["attention.query_key_value"],
+            "post_attention_layernorm": ["mlp.dense_h_to_4h"],
+        },
+        down="mlp.dense_4h_to_h",
+    ),
+}
+
+
+def anatomy(model: Any) -> Anatomy:
+    """The anatomy of a causal LM; see above for what it changes. ValueError for an architecture that is not known."""
+    if isinstance(model, Prefixed):
+        return anatomy(model.inner)
+    config = getattr(model, "config", None)
+    kind = getattr(config, "model_type", type(model).__name__)
+    if kind == "quantbench":
+        return _ours(model)
+    if getattr(config, "is_encoder_decoder", False) or not getattr(model, "can_generate", lambda: True)():
+        raise ValueError(f"{type(model).__name__} is no causal language model of a decoder alone")
+    if kind not in ARCHITECTURES:
+        raise ValueError(
+            f"quantbench does not know where a {kind!r} model keeps its layers: add the paths of its parts to "
+            f"ARCHITECTURES in anatomy.py (known: {', '.join(ARCHITECTURES)})"
+        )
+    flags = {"add_cross_attention": True, "use_bidirectional_attention": True, "is_causal": False}
+    for name, refused in flags.items():
+        if getattr(config, name, None) is refused:
+            why = f"with {name}: {refused} is no causal language model of a decoder alone"
+            raise ValueError(f"{type(model).__name__} {why}")
+    return _theirs(model, kind, ARCHITECTURES[kind])
+
+
+def _ours(model: Any) -> Anatomy:
+    blocks = list(model.blocks)
+    heads = [Heads(b.attention.scores, b.attention.probabilities, b.attention.values, b.attention.out) for b in blocks]
+    places = {
+        "residual": {"attention.residual": "attention_join", "residual": ""},
+        "norms": {"attention.norm": "attention_norm", "mlp.norm": "mlp_norm"},
+        **{at: {f"attention.{at}": f"attention.{at}"} for at in HEADS},
+    }
+    tables = [model.embed] if model.places is None else [model.embed, model.places]
+    width = model.config.width
+    gates = [name for name, m in blocks[0].attention.output.named_modules() if getattr(m, "in_features", 0) == width]
+    reads = {
+        "attention_norm": ["attention.qkv", *(f"attention.output.{name}" for name in gates)],
+        "mlp_norm": ["mlp.up"],
+    }
+    stream = _stream(blocks, tables, reads, model.norm, ["attention.out"], "mlp.down")
+    room = None if model.places is None else model.config.max_position_embeddings
+    found = _places(blocks, places)
+    return Anatomy(model.embed, model.embedded, blocks, model.head, heads, found, stream, model.registers, room)
+
+
+def _theirs(model: Any, kind: str, known: Architecture) -> Anatomy:
+    """The anatomy of a model of transformers."""
+    wanted = {path: _at(model, path) for path in (known.blocks, known.table, known.head)}
+    if missing := [path for path, part in wanted.items() if part is None]:
+        raise ValueError(f"{type(model).__name__} has no {' and no '.join(missing)}, where a {kind!r} model keeps it")
+    blocks, table, head = list(wanted[known.blocks]), wanted[known.table], wanted[known.head]
+    if getattr(model.config, "do_layer_norm_before", True) is False:  # OPT-350m
+        known = replace(known, reads={}, behind=True)
+    if known.conv1d:
+        _conv1d_to_linear(blocks)
+    places = {"residual": {"residual": ""}}
+    if known.reads:
+        places["norms"] = dict(zip(("attention.norm", "mlp.norm"), known.reads, strict=True))
+    heads = []
+    attentions = [_at(block, known.attention) for block in blocks]
+    if show(model, attentions):
+        outputs = [_at(block, known.output) for block in blocks]
+        heads = [
+            Heads(a.sites.scores, a.sites.probabilities, a.sites.spread, output)
+            for a, output in zip(attentions, outputs, strict=True)
+        ]
+        places |= {at: {f"{known.attention}.{at}": f"{known.attention}.sites.{at}"} for at in HEADS}
+    tables = [table, *([_at(model, known.positions)] if known.positions else [])]
+    last, stream = _at(model, known.last), None
+    whole = getattr(table, "embedding_dim", 0) == getattr(model.config, "hidden_size", None)  # else a Linear follows it
+    if whole and last is not None and not known.behind:
+        stream = _stream(blocks, tables, known.reads, last, [known.output], known.down)
+    room = model.config.max_position_embeddings if known.positions else None
+    return Anatomy(table, _entrance(blocks[0]), blocks, head, heads, _places(blocks, places), stream, 0, room)
+
+
+def _at(module: Any, path: str) -> Any:
+    """What is at a path; None where there is nothing."""
+    for name in path.split("."):
+        module = getattr(module, name, None)
+    return module
+
+
+def _entrance(block: Any) -> Site:
+    """What the first block reads passes there: scaled embeddings, learned positions added."""
+    if not hasattr(block, "entrance"):
+        block.entrance = Site()
+        block.register_forward_pre_hook(_enter)
+    return block.entrance
+
+
+def _enter(block: Any, args: tuple) -> tuple:
+    return (block.entrance(args[0]), *args[1:])
+
+
+class Transposed(nn.Linear):
+    """A Conv1D of transformers as a Linear: the same function to the bit, its weight is the other's, seen transposed.
+
+    It is saved and loaded as the Conv1D was, so that a checkpoint stays one of GPT-2.
+    """
+
+    def __init__(self, conv: Any) -> None:
+        inputs, outputs = conv.weight.shape
+        super().__init__(inputs, outputs, device="meta")
+        self.weight = nn.Parameter(conv.weight.detach().T, conv.weight.requires_grad)
+        self.bias = conv.bias
+        self.train(conv.training)
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[f"{prefix}weight"] = destination[f"{prefix}weight"].T
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        name = f"{prefix}weight"
+        turned = {name: state_dict[name].T} if name in state_dict else {}
+        super()._load_from_state_dict({**state_dict, **turned}, prefix, *args)
+
+
+def _conv1d_to_linear(blocks: list[Any]) -> None:
+    from transformers.pytorch_utils import Conv1D
+
+    for block in blocks:
+        for path, module in list(block.named_modules()):
+            if isinstance(module, Conv1D):
+                block.set_submodule(path, Transposed(module))
 
 
 def _places(blocks: list[nn.Module], kinds: dict[str, dict[str, str]]) -> dict[str, dict[str, nn.Module]]:

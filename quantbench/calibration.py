@@ -43,18 +43,20 @@ class Exemption:
         return self  # what marks positions to a model marks them to its copies
 
     def mask_for(self, x: Tensor) -> Tensor | None:
-        """The mask, having checked that it speaks of the positions of x, [B, T, features]."""
-        if self.mask_BT is not None:
-            expected, got = tuple(self.mask_BT.shape), tuple(x.shape[:-1])
-            assert got == expected, f"positions {expected} are marked exempt, but a Linear or block sees {got}"
-        return self.mask_BT
+        """The mask, having checked that it speaks of the positions of x, [B, T, features] (or [B T, features])."""
+        if self.mask_BT is None:
+            return None
+        mask = self.mask_BT.flatten() if x.ndim == 2 else self.mask_BT  # OPT's MLP flattens its sequences
+        expected, got = tuple(mask.shape), tuple(x.shape[:-1])
+        assert got == expected, f"positions {expected} are marked exempt, but a Linear or block sees {got}"
+        return mask
 
     def spread(self, x: Tensor, kind: str, appended: int = 0) -> Tensor | None:
         """The mask as it broadcasts against a site's tensor: [B, T, K], [B, H, T, E] or, of pairs, [B, H, T, S].
 
         The last `appended` of the S keys are learned ones, which like cached ones (the first) are never exempt.
         """
-        if self.mask_BT is None or x.ndim == 3:
+        if self.mask_BT is None or x.ndim <= 3:
             mask_BT = self.mask_for(x)
             return None if mask_BT is None else mask_BT.unsqueeze(-1)
         queries_B1T1 = self.mask_BT[:, None, :, None]
@@ -175,7 +177,7 @@ def survey(
     def show(place: str, x: Tensor, exempt: Tensor | None) -> None:
         nonlocal before
         if before is None or before[0] is not x or before[1] != x._version:
-            x_MK = x.flatten(0, -2) if exempt is None or x.ndim != 3 else x[~exempt.squeeze(-1)]
+            x_MK = x.flatten(0, -2) if exempt is None or x.ndim > 3 else x[~exempt.squeeze(-1)]
             if not len(x_MK):  # a batch may be exempt as a whole
                 return
             before = x, x._version, Totals.of(outlier_stats(x_MK, threshold))

@@ -9,6 +9,8 @@
 A saved config.json does not hold the name: register and name it at every from_pretrained, or the model comes back with
 softmax.
 
+A model whose `anatomy` is taken shows the form's scores and weights as our own model does.
+
 The names are those of the recipes. The model's mask says who sees whom (padding, sliding windows, packed sequences),
 n_i of ReLU and sigmoid attention is the number of keys that it leaves to query i, and a query that sees nobody gets 0.
 The model's scale and dropout are kept. T of clipped softmax is config.max_position_embeddings: set it to the length
@@ -33,6 +35,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedC
 from transformers.masking_utils import sdpa_mask
 
 from quantbench.attention import attend, causal
+from quantbench.heads import NEUTRAL, SHOWING, Sites, per_query_head
 from quantbench.mitigations import Mitigation
 from quantbench.mitigations.clipped_softmax import ClippedSoftmax
 from quantbench.mitigations.relu_attention import ReluAttention
@@ -50,19 +53,7 @@ FORMS: dict[str, Mitigation] = {
     "sigmoid-attn-log": SigmoidAttention(bias="log"),
     "softpick": Softpick(),
 }
-
-# What models hand on and the result does not depend on, given the mask. All else may change it, so it is refused.
-NEUTRAL = {
-    "cache_position",
-    "num_items_in_batch",
-    "output_attentions",
-    "output_hidden_states",
-    "output_router_logits",
-    "position_embeddings",
-    "position_ids",
-    "sliding_window",
-    "use_cache",
-}
+UNWATCHED = Sites()  # of a model whose anatomy nobody has taken
 
 
 def register() -> list[str]:
@@ -70,6 +61,7 @@ def register() -> list[str]:
     for name in FORMS:
         AttentionInterface.register(name, partial(attention, name))
         AttentionMaskInterface.register(name, mask)  # without one, a model drops its padding and windows
+    SHOWING.update(FORMS)
     return list(FORMS)
 
 
@@ -114,17 +106,20 @@ def attention(
         raise ValueError(f"{name} takes an attention mask of torch.bool [B, 1 or H, T, S], not {got}")
     H, T, E = query.shape[1:]
     q_BHTE = query if scaling in (None, E**-0.5) else query * (scaling * E**0.5)  # a form divides by sqrt(E)
-    k_BHSE, v_BHSE = (x if x.shape[1] == H else x.repeat_interleave(H // x.shape[1], 1) for x in (key, value))
+    k_BHSE, v_BHSE = per_query_head(key, H), per_query_head(value, H)
     form = FORMS[name].weights(module.config)  # type: ignore[arg-type]  # all that is read is its length
     dropout = dropout if module.training else 0.0
     # Not every model hands on that its weights are asked for; transformers then watches what the module returns.
     watched = bool(kwargs.get("output_attentions")) or len(module._forward_hooks) > 0
+    sites = getattr(module, "sites", UNWATCHED)
 
     visible = attention_mask
     if visible is None and T > 1 and (getattr(module, "is_causal", True) if is_causal is None else is_causal):
         k_BHSE, v_BHSE = k_BHSE[:, :, :T], v_BHSE[:, :, :T]
-        if not watched and not dropout and q_BHTE.shape == k_BHSE.shape == v_BHSE.shape:
-            return form.attend(q_BHTE, k_BHSE, v_BHSE, None).transpose(1, 2).contiguous(), None
+        plain = not (watched or dropout or sites.explicit)
+        if plain and q_BHTE.shape == k_BHSE.shape == v_BHSE.shape:
+            y_BHTE = form.attend(q_BHTE, k_BHSE, v_BHSE, None)
+            return sites.products(y_BHTE).transpose(1, 2).contiguous(), None
         visible = causal(T, query.device)
     elif visible is None:
         visible = query.new_ones(T, k_BHSE.shape[2], dtype=torch.bool)
@@ -132,11 +127,14 @@ def attention(
     seen: list[Tensor] = []
 
     def see_weights(weights_BHTS: Tensor) -> Tensor:
+        weights_BHTS = sites.probabilities(weights_BHTS)
         if dropout:
             weights_BHTS = F.dropout(weights_BHTS, dropout)
         if watched:
             seen.append(weights_BHTS.masked_fill(blind, 0.0).to(value.dtype))
         return weights_BHTS
 
-    y_BHTE = attend(form, q_BHTE, k_BHSE, v_BHSE, visible | blind, see_weights=see_weights)
-    return y_BHTE.masked_fill(blind, 0.0).transpose(1, 2).contiguous(), seen[0] if watched else None
+    v_BHSE = sites.spread_own(v_BHSE, T)
+    y_BHTE = attend(form, q_BHTE, k_BHSE, v_BHSE, visible | blind, sites.scores, see_weights)
+    y_BHTE = sites.products(y_BHTE.masked_fill(blind, 0.0))
+    return y_BHTE.transpose(1, 2).contiguous(), seen[0] if watched else None

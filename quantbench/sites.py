@@ -332,7 +332,7 @@ def _add_energies(kind: str, appended: int, rounding: Rounding, energies: Tensor
         noise = what_counts(noise, kind, Exemption(), appended)
     for column, tensor in enumerate((counted, noise)):
         energy = tensor.double().square().sum(-1)
-        energy_BT = energy if energy.ndim == 2 else energy.sum(1)  # over heads
+        energy_BT = energy.view(mask_BT.shape) if energy.ndim <= 2 else energy.sum(1)  # over heads
         for row, chosen_BT in enumerate((mask_BT, ~mask_BT)):
             energies[row, column] += energy_BT[chosen_BT].sum().cpu()
 

@@ -10,6 +10,7 @@ Shapes: L layers (blocks), B sequences, T tokens, D residual features, H query h
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Generator, Tensor, nn
@@ -74,15 +75,21 @@ def signatures(model: nn.Module, batches: Iterable[Tensor], parts: Anatomy | Non
 
 @contextmanager
 def full_precision(model: nn.Module) -> Iterator[None]:
-    """Eval mode, no gradients, no autocast; leaves every module in the mode it was in."""
+    """Eval mode, no gradients, no autocast, no cache; leaves every module in the mode it was in."""
     modes = [(module, module.training) for module in model.modules()]
+    config: Any = getattr(model, "config", None)
+    cache = getattr(config, "use_cache", None)
     model.eval()
+    if cache:
+        config.use_cache = False  # a block that is run twice would add to it twice
     try:
         with torch.no_grad(), torch.autocast(_device(model).type, enabled=False):
             yield
     finally:
         for module, training in modes:
             module.training = training
+        if cache:
+            config.use_cache = cache
 
 
 @contextmanager

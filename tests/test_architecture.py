@@ -35,6 +35,7 @@ LAYERS = [
     ["calibration"],
     ["ops"],
     ["anatomy"],
+    ["heads"],
     ["store", "strict"],
     ["__init__"],
 ]

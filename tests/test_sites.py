@@ -217,6 +217,7 @@ def test_a_site_that_the_model_does_not_show_is_refused_in_a_line() -> None:
     shape = {"vocab_size": VOCAB, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1}
     model = LlamaForCausalLM(LlamaConfig(**shape, num_attention_heads=4)).eval()
     assert list(sites.rounded(model, quantizer("w8a8-static-residual"))) == ["weights", "inputs", "residual"]
+    model.set_attn_implementation("flex_attention")  # it shows nothing of that
     with pytest.raises(ValueError, match=r"^this model does not show its scores: leave the site out[^\n]*$"):
         sites.rounded(model, quantizer("w8a8-static-qualcomm"))
 

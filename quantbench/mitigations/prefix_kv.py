@@ -42,8 +42,7 @@ class PrefixKV(Mitigation):
         if bool((ids_NT[:, 0] != bos).any()):
             raise ValueError("prefix-kv: not applicable: sequences begin with different tokens, none of which is BOS")
         others = extreme_ids(model, calibration, bos)[: self.tokens - 1] if self.tokens > 1 else []
-        places = getattr(model, "places", None)  # learned positions
-        room = math.inf if places is None else places.num_embeddings - anatomy(model).front
+        room = anatomy(model).room or math.inf
         if len(others) + ids_NT.shape[1] > room:
             raise ValueError(
                 f"prefix-kv: not applicable: a prefix of {1 + len(others)} tokens and {ids_NT.shape[1] - 1} behind it "

@@ -426,11 +426,11 @@ def swap(model: nn.Module, make: Callable[[str, nn.Linear], LowBitLinear | None]
 
 
 def _unseen_weights(module: nn.Module) -> int:
-    """How many weights it multiplies by that are no Linear's (GPT-2's Conv1D does)."""
-    weight = getattr(module, "weight", None)
-    if not isinstance(weight, Tensor) or weight.dim() < 2 or isinstance(module, nn.Linear | nn.Embedding):
+    """How many weights it multiplies by that are no Linear's: a Conv1D's, or those of experts, [experts, N, K]."""
+    if isinstance(module, nn.Linear | nn.Embedding):
         return 0
-    return weight.numel()
+    own = dict(module.named_parameters(recurse=False))
+    return sum(p.numel() for name, p in own.items() if p.dim() > 2 or (p.dim() == 2 and name == "weight"))
 
 
 class IntegerEmbedding(nn.Module):

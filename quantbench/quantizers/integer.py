@@ -126,7 +126,7 @@ class Integer(Quantizer):
             return None if inputs is None else RoundedLinear(linear, calibration.exemption, inputs)
 
         report = swap(model, make)
-        parts = anatomy(model)  # a Linear that was a place, too (Llama's keys), is another module now
+        parts = anatomy(model)
         sites = {site: places(parts, site) for site in rounded if site != "inputs"}
         for site, modules in sites.items():
             for place in at[site]:
