@@ -3,10 +3,12 @@
 Three stages, each a cell of the store, whose key holds everything it depends on:
 
     pretrain   a checkpoint                                        (recipe, track, seed, data, environment class)
+    given      what a model costs that is there already, instead   (the model)
     measure    full-precision quality, metrics, lm-eval            (the checkpoint, evaluation settings)
     quantize   one quantizer's damage, KL, exemption, SQNR, ...    (the checkpoint, the quantizer, evaluation settings)
 
-What is post-hoc (the seam `prepare`) is left out of the pretrain key, so that checkpoints are shared.
+What is post-hoc (the seam `prepare`) is left out of the pretrain key, so that checkpoints are shared. On a track whose
+model is `pretrained` there is one seed, and a record keeps the figures of every sequence: intervals are over these.
 """
 
 import json
@@ -23,17 +25,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quantbench import catalog
-from quantbench.recipe import Recipe, Track
-from quantbench.results import SCHEMA, Record
+from quantbench.recipe import Recipe, Track, plain
+from quantbench.results import BASELINE, SCHEMA, Record
 from quantbench.store import Cell, Store, digest
 from quantbench.strict import dump
 
 if TYPE_CHECKING:
     from quantbench.evaluate import Reference
+    from quantbench.pretrained import Given
 
 # Bumped by hand when a stage's numbers change (the golden losses in tests/ guard it), so that an unrelated edit
 # does not throw hours of work away.
-VERSIONS = {"pretrain": 2, "measure": 2, "quantize": 2}
+VERSIONS = {"pretrain": 2, "given": 1, "measure": 2, "quantize": 2}
 
 # What of a track a checkpoint does not depend on, and what does not make two tables two.
 AFTER_PRETRAINING = ("title", "seeds", "extra-seeds", "quantizers", "metrics", "rank-by", "evaluate", "checkpoint")
@@ -51,6 +54,15 @@ class Job:
     track_name: str
     track: Track
     seed: int
+
+    def __post_init__(self) -> None:
+        if self.track.pretrained and self.recipe_name != BASELINE:
+            after = post_hoc(self.recipe)
+            if not after or len(after) < len(self.recipe.mitigations):
+                raise ValueError(
+                    f"{self.recipe_name} changes pretraining, and the model of track {self.track_name} is trained "
+                    f"already: take one of {', '.join(catalog.POST_HOC)}"
+                )
 
     def __str__(self) -> str:
         return f"{self.recipe_name} seed {self.seed}"
@@ -100,6 +112,13 @@ class Stages:
         }  # fmt: skip
         # What every cell that judges the checkpoint depends on.
         evaluated = _without(dump(self.job.track.evaluate), ("exemption",))
+        if given := self.job.track.pretrained:
+            from quantbench.pretrained import identity
+
+            self.trained = {"version": VERSIONS["given"], "model": identity(given, self.store.root),
+                            "length": self.job.track.length}  # fmt: skip
+            evaluated |= {"data": self.data.digest, "environment": _without(environment(), ("bitsandbytes",)),
+                          "length": self.job.track.length}  # fmt: skip
         self.judged = {"checkpoint": digest(self.trained), "evaluate": evaluated}
         if after:
             resolved = self.job.resolved["mitigations"]
@@ -118,13 +137,15 @@ class Stages:
         return folder
 
     def checkpoint(self) -> Path:
-        """The pretrain cell: a folder that `from_pretrained` reads, with training.json beside it."""
+        """The pretrain cell: a folder that `from_pretrained` reads, with training.json; of a given model that alone."""
+        if self.job.track.pretrained:
+            return self.stage("given", self.trained, lambda _: _given(self.job, self.store, self.say))
         return self.stage("pretrain", self.trained, lambda cell: _pretrain(self.job, self.data, cell, self.say))
 
     def head(self, reason: str | None, stages: dict[str, int], quantizers: dict[str, int]) -> Record:
         """What every record of the job begins with, from the versions of the stages and quantizers that it used."""
         job = self.job
-        track = dump(job.track)
+        track = plain(job.track)
         return {
             "schema": SCHEMA,
             "status": "finished" if reason is None else "diverged",
@@ -157,14 +178,14 @@ def training(job: Job, store: Store, compute: bool = True, say: Say = lambda *_:
 
 def experiment(job: Job, store: Store, compute: bool = True, say: Say = lambda *_: None) -> tuple[Record, Any] | None:
     """The record of a job and the facts of its run; without `compute`, None where a cell is still missing."""
-    track, here = dump(job.track), environment()
+    track, here = plain(job.track), environment()
     stages = Stages(job, store, compute, say)
     stage, data, judged = stages.stage, stages.data, stages.judged
     try:
         checkpoint = stages.checkpoint()
         trained = from_json(checkpoint, "training.json")
         reason = trained["reason"]
-        lazy = Lazy(job, data, checkpoint)
+        lazy = Lazy(job, data, checkpoint, store)
         full, quantized = None, {}
         if reason is None:
             metrics = {name: catalog.load("metrics", name).version for name in job.track.metrics}
@@ -179,16 +200,19 @@ def experiment(job: Job, store: Store, compute: bool = True, say: Say = lambda *
                     "lm-eval": _harnessed(job, name), "bitsandbytes": here["bitsandbytes"],
                 }  # fmt: skip
                 say("quantize", index, len(job.track.quantizers), name)
-                folder = stage("quantize", inputs, lambda _, name=name: _quantize(lazy, name))  # type: ignore[misc]
+                folder = stage("quantize", inputs, lambda _, name=name: _quantize(lazy, name, say))  # type: ignore[misc]
                 quantized[name] = from_json(folder, "figures.json")
     except Missing:
         return None
     versions = {name: quantizer.version for name, quantizer in job.track.quantizers.items()}  # type: ignore[attr-defined]
-    record = stages.head(reason, VERSIONS, versions) | {
+    used = _without(VERSIONS, ("pretrain",) if job.track.pretrained else ("given",))
+    record = stages.head(reason, used, versions) | {
         "cost": trained["cost"],
         "training": {key: trained[key] for key in ("losses", "final-loss", "timeline")},
-        "full-precision": None if full is None else _without(full, ("sequence-losses",)),
-        "quantized": {n: _without(q, ("sequence-losses", "sequence-kl")) for n, q in quantized.items()},
+        "full-precision": full if job.track.pretrained else _pooled(full),
+        "quantized": quantized
+        if job.track.pretrained
+        else {name: _pooled(figures) for name, figures in quantized.items()},
     }
     return record, stages.run()
 
@@ -205,7 +229,7 @@ def export(job: Job, store: Store, quantizer: Any, folder: Path, say: Say = lamb
     if from_json(checkpoint, "training.json")["reason"] is not None:
         return None
     say("quantize", 0, 1, "")
-    reference = Lazy(job, stages.data, checkpoint).reference
+    reference = Lazy(job, stages.data, checkpoint, store).reference
     report = quantizer.quantize(reference.model, reference.calibrate())
     name = catalog.entry_name("quantizers", quantizer)
     return {**report, "bytes": save(reference.model, name, quantizer, folder, report)}
@@ -241,24 +265,44 @@ def _pretrain(job: Job, data: Any, cell: Cell, say: Say) -> dict[str, bytes | Pa
     return files | {"training.json": to_json(about)}
 
 
+def _given(job: Job, store: Store, say: Say) -> dict[str, bytes | Path]:
+    """The facts of a pretrained model in the place of those of a training."""
+    from quantbench.pretrained import cost, open_model
+
+    say("open", 0, 1, job.track.pretrained)
+    paid = cost(open_model(job.track.pretrained, store.root).model, job.track.length)
+    about = {"reason": None, "cost": paid, "losses": [], "final-loss": None, "timeline": []}
+    return {"training.json": to_json(about)}
+
+
 def _measure(lazy: "Lazy", say: Say) -> dict[str, bytes | Path]:
-    from quantbench.evaluate import full_precision, harness
+    from quantbench.evaluate import full_precision
 
     say("measure", 0, 1, "full precision")
     figures = full_precision(lazy.reference)
-    track = lazy.job.track
-    figures["lm-eval"] = harness(lazy.reference.model, lazy.reference) if track.evaluate.lm_eval_items else None
+    figures |= _scored(lazy, lazy.reference.model, bool(lazy.job.track.evaluate.lm_eval_items), say)
     return {"figures.json": to_json(figures)}
 
 
-def _quantize(lazy: "Lazy", name: str) -> dict[str, bytes | Path]:
-    from quantbench.evaluate import harness, quantized
+def _quantize(lazy: "Lazy", name: str, say: Say) -> dict[str, bytes | Path]:
+    from quantbench.evaluate import quantized
 
     track = lazy.job.track
     quantizer: Any = track.quantizers[name]
     model, figures = quantized(lazy.reference, quantizer, name in track.evaluate.exemption)
-    figures["lm-eval"] = harness(model, lazy.reference) if _harnessed(lazy.job, name) else None
+    figures |= _scored(lazy, model, _harnessed(lazy.job, name), say)
     return {"figures.json": to_json(figures)}
+
+
+def _scored(lazy: "Lazy", model: Any, own: bool, say: Say) -> dict[str, Any]:
+    """What lm-eval makes of a model: our own two tasks, where `own` asks for them, and the track's standard ones."""
+    from quantbench.harness import harness, standard
+
+    found: dict[str, Any] = {"lm-eval": harness(model, lazy.reference) if own else None}
+    if tasks := lazy.job.track.evaluate.lm_eval:
+        figures, items = standard(model, lazy.given.tokenizer, lazy.given.bos, tasks, lazy.store.root, say)
+        found = {"lm-eval": (found["lm-eval"] or {}) | figures, "lm-eval-items": items}
+    return found
 
 
 @dataclass
@@ -268,6 +312,14 @@ class Lazy:
     job: Job
     data: Any
     checkpoint: Path
+    store: Store
+
+    @cached_property
+    def given(self) -> "Given":
+        """Of a track whose model is pretrained: it, and its tokenizer."""
+        from quantbench.pretrained import open_model
+
+        return open_model(self.job.track.pretrained, self.store.root)
 
     @cached_property
     def reference(self) -> "Reference":
@@ -275,7 +327,10 @@ class Lazy:
         from quantbench.mitigations import combine
         from quantbench.model import QuantbenchModel
 
-        model = QuantbenchModel.from_pretrained(self.checkpoint).eval().to(device())
+        if self.job.track.pretrained:
+            model = self.given.model
+        else:
+            model = QuantbenchModel.from_pretrained(self.checkpoint).eval().to(device())
         return Reference(model, self.data, self.job.track, combine(self.job.recipe.mitigations))  # type: ignore[arg-type]
 
 
@@ -365,6 +420,13 @@ def first_seeds(track: Track, count: int) -> tuple[int, ...]:
 def default_jobs() -> int:
     """One run a core; one on a GPU."""
     return 1 if device().type == "cuda" else len(os.sched_getaffinity(0))
+
+
+def _pooled(figures: Any) -> Any:
+    """Figures without those of single sequences, which cells keep."""
+    if not isinstance(figures, dict):
+        return figures
+    return {key: _pooled(value) for key, value in figures.items() if key not in ("sequence-losses", "sequence-kl")}
 
 
 def _without(mapping: Mapping[str, Any], keys: tuple[str, ...]) -> dict[str, Any]:

@@ -40,6 +40,7 @@ AXES: dict[str, dict[str, Line]] = {
     "tasks": {
         "text": "text:Text",
         "bigram-backcopy": "bigram_backcopy:BigramBackcopy",
+        "passages": "passages:Passages",
     },
     "mitigations": {
         "relu-attention": "relu_attention:ReluAttention",

@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from quantbench import __version__, catalog
+from quantbench import __version__, catalog, cli_models
+from quantbench.face import print_table, root
 
 if TYPE_CHECKING:
     from quantbench.bench import Job
@@ -43,15 +44,6 @@ def _integrity() -> type[Exception]:
     from quantbench.results import ResultsError
 
     return ResultsError
-
-
-def root() -> Path:
-    """The project: the nearest folder from here upwards that has recipes/tracks; else where this package stands."""
-    here = Path.cwd()
-    for folder in (here, *here.parents, Path(__file__).resolve().parent.parent):
-        if (folder / "recipes" / "tracks").is_dir():
-            return folder
-    raise ValueError("no recipes/tracks folder here or above: run quantbench inside a clone of the project")
 
 
 def _store() -> "Store":
@@ -135,20 +127,7 @@ def _render(results: Path) -> None:
 def _print_table(results: Path, track: str) -> None:
     from quantbench import leaderboard
 
-    _print(leaderboard.table(results, track), f"{track}, ranked by damage")
-
-
-def _print(shown: "tuple[list[str], list[list[str]]]", title: str) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    header, rows = shown
-    table = Table(*header, title=title, title_justify="left")
-    for row in rows:
-        table.add_row(*row)
-    # A pipe has no width of its own: give it all the table needs.
-    console = Console(markup=False) if sys.stdout.isatty() else Console(markup=False, width=240)
-    console.print(table)
+    print_table(leaderboard.table(results, track), f"{track}, ranked by damage")
 
 
 def sites(arguments: argparse.Namespace) -> int:
@@ -189,7 +168,7 @@ def _print_sites(jobs: "list[Job]", results: Path, arguments: argparse.Namespace
         return
     table = [r for r in read_all(results) if r["track"]["name"] == track]
     if runs := leaderboard.paying(every, table).get(arguments.quantizer):
-        _print(leaderboard.sites_table(runs), f"{track}, which site pays under {arguments.quantizer}")
+        print_table(leaderboard.sites_table(runs), f"{track}, which site pays under {arguments.quantizer}")
 
 
 def export(arguments: argparse.Namespace) -> int:
@@ -443,6 +422,7 @@ def _parser() -> argparse.ArgumentParser:
     relates = verb("relation", relation)
     relates.add_argument("--results", metavar="DIR")
     relates.add_argument("--json", action="store_true", help="one JSON object")
+    cli_models.add(verb)
     verb("carry", carry).add_argument("track", metavar="TRACK", help="whose task reads text, such as text-gpu")
     verb("store", store).add_argument(
         "--prune", action="store_true", help="drop partial work and cells unused for 30 days"

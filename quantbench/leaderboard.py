@@ -1,8 +1,9 @@
 """Records -> the leaderboard: Markdown, CSV, figures, and the short table in the project's README.
 
-A row is a recipe on a track, over seeds. Rows are ranked by *damage*, the loss that the track's quantizer adds to
-the model's own full-precision loss (ranking by quantized loss would rank full precision: its gaps are larger than
-the damage). What a row claims against the baseline is tested on log KL(full || quantized), paired over seeds; see
+A row is a recipe on a track, over seeds; where the model was there already and has one seed, over its held-out
+sequences, each of another document. Rows are ranked by *damage*, the loss that the track's quantizer adds to the
+model's own full-precision loss (ranking by quantized loss would rank full precision: its gaps are larger than the
+damage). What a row claims against the baseline is tested on log KL(full || quantized), paired over seeds; see
 `stats`. Nothing here is edited by hand: the same records give the same bytes.
 """
 
@@ -19,7 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from quantbench import figures, grid, relation, stats
+from quantbench import figures, gallery, grid, relation, stats
 from quantbench.results import BASELINE, Record, comparable, digests, rank_by, read_all, read_sites
 from quantbench.store import atomic_write
 
@@ -33,7 +34,7 @@ Table = tuple[list[str], list[list[str]]]  # a header, and rows of as many cells
 
 @dataclass(frozen=True)
 class Mean:
-    """Over seeds; the interval is Student's, None for a single seed."""
+    """Over seeds, or the documents of a single one; the interval is Student's, None for a single value."""
 
     value: float
     interval: stats.Interval | None
@@ -56,11 +57,34 @@ class Row:
 
     def full(self, *keys: str) -> Mean | None:
         """The mean of a full-precision figure, such as `loss`, or `metrics`, `act-max`, `value`."""
-        return _mean(_dig(r["full-precision"], keys) for r in self.records)
+        return self._over_documents(*keys) or _mean(_dig(r["full-precision"], keys) for r in self.records)
 
     def quantized(self, quantizer: str, *keys: str) -> Mean | None:
         """The mean of a figure under a quantizer; None unless every run has it."""
+        if found := self._over_documents(*keys, quantizer=quantizer):
+            return found
         return _mean(_dig(r["quantized"].get(quantizer), keys) for r in self.records)
+
+    def _over_documents(self, *keys: str, quantizer: str | None = None) -> Mean | None:
+        """The mean of a loss, damage or KL over the documents of a model that was there already; else None."""
+        (key,) = keys if len(keys) == 1 else ("",)
+        found = list(self.units(key, quantizer).values())
+        return None if len(found) < 2 or None in found else _mean(found)
+
+    def units(self, key: str, quantizer: str | None = None) -> dict[int, float | None]:
+        """Of each document: `loss`, `damage` or `kl`; empty for a row over seeds."""
+        if len(self.records) != 1 or "sequence-losses" not in (full := self.records[0]["full-precision"]):
+            return {}
+        exact = full["sequence-losses"]
+        if quantizer is None:
+            return dict(enumerate(exact)) if key == "loss" else {}
+        rough = self.records[0]["quantized"].get(quantizer)
+        if rough is None or key not in ("loss", "damage", "kl"):
+            return {}
+        if key == "damage":
+            pairs = zip(rough["sequence-losses"], exact, strict=True)
+            return {i: None if a is None or b is None else a - b for i, (a, b) in enumerate(pairs)}
+        return dict(enumerate(rough["sequence-kl" if key == "kl" else "sequence-losses"]))
 
     def share(self, quantizer: str, exempt: str) -> float | str | None:
         """The share of the damage that goes away when some tokens stay in full precision, mean over seeds."""
@@ -73,6 +97,16 @@ class Row:
             return "undefined"
         shares = [1 - part / whole for part, whole in zip(left, damages, strict=True)]
         return math.fsum(shares) / len(shares)
+
+    def share_interval(self, quantizer: str, exempt: str) -> stats.Interval | None:
+        """The share with its interval over documents; None for a row over seeds, or where it is undefined."""
+        whole, share = self.units("damage", quantizer), self.share(quantizer, exempt)
+        if not whole or not isinstance(share, float):
+            return None
+        full, rough = self.records[0]["full-precision"], self.records[0]["quantized"][quantizer]
+        spared = rough["exemption"][exempt]["sequence-losses"]
+        left = [None if a is None else a - b for a, b in zip(spared, full["sequence-losses"], strict=True)]
+        return stats.share_spared(left, list(whole.values()))
 
 
 @dataclass(frozen=True)
@@ -136,9 +170,11 @@ def _compare(ranked: list[Row], quantizers: list[str], ranking: str) -> None:
         for row in ranked:
             if row.name in family:
                 row.comparisons[quantizer] = family[row.name]
-            left_out = len(row.records) - len(logs[row.name])
+            documents = len(row.units("kl", quantizer))
+            count, what = (documents, "documents") if documents else (len(row.records), "runs")
+            left_out = count - len(logs[row.name])
             if left_out and quantizer == ranking:
-                row.notes.append(f"KL not above 0 in {left_out} of {len(row.records)} runs, not compared")
+                row.notes.append(f"KL not above 0 in {left_out} of {count} {what}, not compared")
         if quantizer == ranking and len(ranked) > 1:
             present = {name: values for name, values in logs.items() if values}
             alike = stats.like_the_best(present, ranked[0].name)
@@ -146,16 +182,22 @@ def _compare(ranked: list[Row], quantizers: list[str], ranking: str) -> None:
             for row in ranked[1:]:
                 if row.name in alike:
                     row.notes.insert(0, "like the best")
-    losses = {row.name: {r["seed"]: r["full-precision"]["loss"] for r in row.records} for row in ranked}
+    losses = {row.name: _losses(row) for row in ranked}
     learned = stats.with_control(losses, BASELINE)
     for row in ranked:
         if row.name in learned and learned[row.name].difference.low > 0:
             row.notes.append("learned less")
 
 
+def _losses(row: Row) -> dict[int, float]:
+    """seed, or document -> full-precision loss."""
+    found = row.units("loss") or {r["seed"]: r["full-precision"]["loss"] for r in row.records}
+    return {unit: loss for unit, loss in found.items() if loss is not None}
+
+
 def _log_kl(row: Row, quantizer: str) -> dict[int, float]:
-    """seed -> log KL, of the runs that have one."""
-    kls = {r["seed"]: _dig(r["quantized"].get(quantizer), ("kl",)) for r in row.records}
+    """seed, or document -> log KL, of those that have one."""
+    kls = row.units("kl", quantizer) or {r["seed"]: _dig(r["quantized"].get(quantizer), ("kl",)) for r in row.records}
     return {seed: math.log(kl) for seed, kl in kls.items() if kl is not None and kl > 0}
 
 
@@ -320,6 +362,27 @@ def harness_table(track: Board) -> Table:
     return header, rows
 
 
+def standard_tables(track: Board) -> dict[str, Table]:
+    """task of lm-eval -> accuracy in full precision, and what each quantizer changes, paired over items."""
+    rows = [row for row in track.rows if row.records and row.records[0]["full-precision"].get("lm-eval-items")]
+    tasks = sorted({task for row in rows for task in row.records[0]["full-precision"]["lm-eval-items"]})
+    header = ["recipe", "full precision", *track.quantizers]
+    return {
+        task: (header, [[row.name, *_accuracies(row.records[0], task, track.quantizers)] for row in rows])
+        for task in tasks
+    }
+
+
+def _accuracies(record: Record, task: str, quantizers: list[str]) -> list[str]:
+    exact = list(map(int, record["full-precision"]["lm-eval-items"].get(task, "")))
+    shown = [_text(_mean(exact))]
+    for name in quantizers:
+        items = (record["quantized"].get(name, {}).get("lm-eval-items") or {}).get(task, "")
+        changed = [int(rough) - right for rough, right in zip(items, exact)] if len(items) == len(exact) else []
+        shown.append(_text(_mean(changed)))
+    return shown
+
+
 def relation_table(related: dict[str, Any]) -> Table:
     """How log KL goes with the log of a predictor, per quantizer."""
     names = ("rho", "within-rho", "partial-rho", "slope", "within-slope")
@@ -467,6 +530,7 @@ def render(results_root: Path, readme: Path | None = None) -> dict[Path, bytes]:
     sections.append(_legend() if boards else f"{EMPTY}\n")
     files[results_root / "README.md"] = "\n".join(sections).encode()
     files[results_root / "leaderboard.csv"] = _csv(boards)
+    files |= gallery.render(results_root, _markdown, _escape)
     if readme is not None:
         files[readme] = _with_block(readme, results_root, boards)
     return files
@@ -476,7 +540,7 @@ def write(results_root: Path, readme: Path | None = None) -> list[Path]:
     """Renders, writes what changed, removes figures that no longer are; returns the paths that changed."""
     files = render(results_root, readme)
     old = [*results_root.glob("*/relation-*.svg"), *results_root.glob("*/timeline.svg")]
-    old += [*results_root.glob("*/map.svg"), *results_root.glob("*/sites-*.svg")]
+    old += [*results_root.glob("*/map.svg"), *results_root.glob("*/sites-*.svg"), *results_root.glob("models/*/*.svg")]
     gone = [path for path in old if path not in files]
     changed = [path for path, data in files.items() if not path.exists() or path.read_bytes() != data]
     for path in gone:
@@ -510,7 +574,11 @@ def _pictures(track: Board, related: dict[str, Any]) -> dict[str, tuple[bytes, s
 
 
 def _section(track: Board, related: dict[str, Any], pictures: dict[str, str]) -> str:
-    parts = [f"## {_escape(track.title)} (`{track.name}`)", _markdown(main_table(track))]
+    parts = [f"## {_escape(track.title)} (`{track.name}`)"]
+    if documents := len(track.rows[0].units("loss")):
+        length = track.rows[0].records[0]["track"]["resolved"]["length"]
+        parts.append(DOCUMENTS.format(documents, length))
+    parts.append(_markdown(main_table(track)))
     if maps := map_tables(track):
         parts += ["### The map: scope of the ranges × residual stream × bits", MAP_LEGEND, separating(track)]
         parts += [f"W{bits}A{bits}\n\n{_markdown(table)}" for bits, table in maps.items()]
@@ -520,6 +588,9 @@ def _section(track: Board, related: dict[str, Any], pictures: dict[str, str]) ->
     harness = harness_table(track)
     if harness[1]:
         parts += [f"### Last word, by lm-evaluation-harness ({_harness_facts(track)})", _markdown(harness)]
+    for task, scored in standard_tables(track).items():
+        items = len(track.rows[0].records[0]["full-precision"]["lm-eval-items"][task])
+        parts += [f"### {task}, by lm-evaluation-harness ({items:,} items)", STANDARD_LEGEND, _markdown(scored)]
     relations = relation_table(related)
     if relations[1]:
         parts += ["### Does the peak predict the error?", RELATION_LEGEND, _markdown(relations)]
@@ -541,6 +612,10 @@ def _sites_section(track: Board, quantizer: str, runs: list[Record], pictured: b
 MAP_LEGEND = """Damage in nats per token, and in brackets the KL relative to the baseline's, paired over seeds; † \
 where its 95% interval leaves out 1 (Dunnett over the recipes of a cell; cells are not adjusted for one another). \
 *residual*: the residual stream is rounded after every sublayer, too. W4A4 weights come in groups of 64."""
+STANDARD_LEGEND = """Accuracy in full precision, mean ± half of the 95% t interval over items; under each quantizer \
+what it changes, paired over the same items."""
+DOCUMENTS = """One model that was there already, one seed: intervals are over {} held-out documents, a window of {} \
+tokens each, and comparisons are paired over them."""
 RELATION_LEGEND = f"""log KL(full ‖ quantized) on the log of the predictor, a point per run of a pretraining recipe \
 (the pictures have post-hoc ones, too, hollow). ρ: Spearman, over all \
 runs; *within* recipes (their means removed); *given* the full-precision loss (partial). In brackets 95% limits of a \
@@ -682,7 +757,10 @@ def _share(row: Row, quantizer: str) -> str:
     carried, control = row.share(quantizer, "extreme"), row.share(quantizer, "random")
     if carried is None or isinstance(carried, str):
         return carried or "–"
-    return f"{carried:.2f} ({control:.2f})".replace("-", "−") if isinstance(control, float) else f"{carried:.2f}"
+    shown, limits = f"{carried:.2f}", row.share_interval(quantizer, "extreme")
+    if limits is not None:
+        shown += f" [{limits.low:.2f}, {limits.high:.2f}]"
+    return (f"{shown} ({control:.2f})" if isinstance(control, float) else shown).replace("-", "−")
 
 
 def _relative(row: Row, base: Row | None) -> str:

@@ -12,10 +12,10 @@ from dataclasses import dataclass, field
 from hashlib import sha256
 from importlib import import_module
 from pathlib import Path
-from typing import Annotated, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 from quantbench import catalog, strict
-from quantbench.strict import Entries, Entry, KeyedError, Range
+from quantbench.strict import Added, Entries, Entry, KeyedError, Range
 
 NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 
@@ -79,6 +79,9 @@ class Evaluate:
     calibration: Annotated[int, Range(1, 10_000)] = 16  # batches of the training split for static ranges
     exemption: tuple[str, ...] = ()  # quantizers of the track for which the extreme tokens' share is measured
     lm_eval_items: Annotated[int, Range(0, 100_000)] = 0  # documents and choices given to lm-eval; 0: not run
+    lm_eval: Annotated[dict[str, Annotated[int, Range(1, 1_000_000)]], Added()] = field(
+        default_factory=dict
+    )  # tasks of lm-eval, by our names (`quantbench data`) or its own, each with how many items of a fixed draw
 
 
 @dataclass(frozen=True)
@@ -90,8 +93,9 @@ class Track:
     quantizers: Annotated[dict[str, object], Entries("quantizers", catalog)]
     metrics: Annotated[tuple[str, ...], Entries("metrics", catalog)]
     rank_by: dict[Literal["damage"], str]  # the quantizer by whose damage rows are ranked
-    steps: Annotated[int, Range(1, 100_000_000)]
-    lr: Annotated[float, Range(1e-12, 100.0)]  # the baseline's
+    steps: Annotated[int, Range(0, 100_000_000)] = 0  # of pretraining; 0 where the model is `pretrained`
+    lr: Annotated[float, Range(0.0, 100.0)] = 0.0  # the baseline's; 0 likewise
+    pretrained: Annotated[str, Added()] = ""  # a model that is there already, as `quantbench measure` takes it
     model: Shape = field(default_factory=Shape)
     length: Annotated[int, Range(2, 1_048_576)] = 128  # tokens of a sequence that are predicted
     batch: Annotated[int, Range(1, 1_048_576)] = 8  # sequences a step
@@ -121,16 +125,42 @@ class Track:
             raise KeyedError("'seeds' must be different, and at least one", "seeds")
         if len({*self.seeds, *self.extra_seeds}) < len(self.seeds + self.extra_seeds):
             raise KeyedError("'extra-seeds' must be different, and none of 'seeds'", "extra-seeds")
-        if self.warmup > self.steps:
+        if self.pretrained:
+            self._check_pretrained()
+        elif not self.steps or not self.lr:
+            key = "lr" if self.steps else "steps"
+            raise KeyedError(f"missing key {key!r}: it is above 0 unless the model is 'pretrained'", key)
+        elif self.warmup > self.steps:
             raise KeyedError(f"'warmup' ({self.warmup}) must be at most 'steps' ({self.steps})", "warmup", "steps")
+
+    def _check_pretrained(self) -> None:
+        if self.steps or self.lr:
+            key = "steps" if self.steps else "lr"
+            raise KeyedError(f"{key!r} is for pretraining, and this model is 'pretrained': leave it out", key)
+        if self.evaluate.lm_eval_items:
+            raise KeyedError("'evaluate.lm-eval-items' is for a task that is text: name tasks in 'lm-eval'", "evaluate")
+        if len(self.seeds + self.extra_seeds) > 1:
+            raise KeyedError("'seeds': a model that is 'pretrained' has one; intervals are over documents", "seeds")
 
     def check_entries(self) -> None:
         """ValueError where a quantizer cannot work on this decoder's Linears: told before hours of pretraining."""
+        if self.pretrained:
+            return  # its widths are known when it is opened
         for name, quantizer in self.quantizers.items():
             try:
                 quantizer.check([self.model.width, self.model.mlp_width])  # type: ignore[attr-defined]
             except ValueError as error:
                 raise KeyedError(f"{name}: {error}", f"quantizers.{name}") from error
+
+
+PRETRAINING = ("steps", "lr", "model", "batch", "weight-decay", "betas", "clip", "warmup", "decay", "precision",
+               "timeline", "checkpoint")  # fmt: skip
+
+
+def plain(track: Track) -> dict[str, Any]:
+    """The plain form of a track, without the keys of pretraining where the model is there already."""
+    found = strict.dump(track)
+    return {key: value for key, value in found.items() if not (track.pretrained and key in PRETRAINING)}
 
 
 def load_recipe(name: str | Path, root: Path, sets: Sequence[str] = ()) -> tuple[str, Recipe]:

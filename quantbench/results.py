@@ -136,8 +136,16 @@ def _interval(value: Any, where: str) -> None:
 _figure = _or_null(number)
 _figures = _or_null(_each(_figure))
 _named: dict[str, Any] = {"name": _name, "digest": text, "title": text}
-_exempted = _object(damage=_figure, kl=_figure)
-_quality: dict[str, Any] = {"loss": _figure, "perplexity": _figure, "bits_per_byte": _figure, "lm_eval": _figures}
+_exempted = _object(since=("sequence-losses",), damage=_figure, kl=_figure, sequence_losses=_list(_figure))
+_quality: dict[str, Any] = {
+    "loss": _figure,
+    "perplexity": _figure,
+    "bits_per_byte": _figure,
+    "lm_eval": _figures,
+    "lm_eval_items": _or_null(_each(text)),  # of standard tasks: which items were right, a 1 or a 0 each
+    "sequence_losses": _list(_figure),
+}
+_UNITS = ("lm-eval-items", "sequence-losses", "sequence-kl")  # what intervals are over where a model has one seed
 
 # What every record begins with.
 _head: dict[str, Any] = {
@@ -172,6 +180,7 @@ _shape = _object(
     ),
     full_precision=_or_null(
         _object(
+            since=_UNITS,
             **_quality,
             tokens=_or_null(integer),
             task=_figures,
@@ -180,7 +189,9 @@ _shape = _object(
     ),
     quantized=_each(
         _object(
+            since=_UNITS,
             **_quality,
+            sequence_kl=_list(_figure),
             damage=_figure,
             kl=_figure,
             top1_agreement=_figure,

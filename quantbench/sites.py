@@ -104,11 +104,12 @@ def experiment(
                 "version": VERSION, "quantizer": {quantizer: resolved}, "entry": rounds.version, "sequences": count,
             }  # fmt: skip
             fewer = replace(job.track, evaluate=replace(job.track.evaluate, sequences=count))
-            lazy = bench.Lazy(replace(job, track=fewer), stages.data, checkpoint)
+            lazy = bench.Lazy(replace(job, track=fewer), stages.data, checkpoint, store)
             found = from_json(stages.stage("sites", inputs, lambda _: _measure(lazy, rounds, say)), "figures.json")
     except bench.Missing:
         return None
-    versions = {"pretrain": bench.VERSIONS["pretrain"], "sites": VERSION}
+    made = "given" if job.track.pretrained else "pretrain"
+    versions = {made: bench.VERSIONS[made], "sites": VERSION}
     head = stages.head(reason, versions, {quantizer: rounds.version})
     return head | {"quantizer": {"name": quantizer, "resolved": resolved}, "sequences": count} | found, stages.run()
 

@@ -62,6 +62,25 @@ def t_interval(values: Sequence[float]) -> Interval | None:
     return Interval(mean, mean - half, mean + half)
 
 
+def share_spared(left: Sequence[float | None], whole: Sequence[float | None]) -> Interval | None:
+    """1 - sum(left) / sum(whole) over paired units, and its interval: jackknife, Student's t of n - 1 degrees.
+
+    None where a unit is undefined, there are fewer than two, or `whole` does not sum to more than 0.
+    """
+    from scipy.special import stdtrit
+
+    pairs = [(a, b) for a, b in zip(left, whole, strict=True) if a is not None and b is not None]
+    n = len(pairs)
+    tops, bottoms = math.fsum(a for a, _ in pairs), math.fsum(b for _, b in pairs)
+    if n < 2 or n < len(whole) or bottoms <= 0.0:
+        return None
+    without = [1 - (tops - a) / (bottoms - b) for a, b in pairs if bottoms != b]
+    mean = math.fsum(without) / len(without)
+    variance = (n - 1) / n * math.fsum((value - mean) ** 2 for value in without)
+    estimate, half = 1 - tops / bottoms, float(stdtrit(n - 1, (1 + CONFIDENCE) / 2)) * math.sqrt(variance)
+    return Interval(estimate, estimate - half, estimate + half)
+
+
 @dataclass(frozen=True)
 class Additive:
     """The fitted model: effects relative to the first recipe, whose own is 0."""

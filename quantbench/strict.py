@@ -90,6 +90,11 @@ class Entries:
     catalog: Catalog
 
 
+@dataclass(frozen=True)
+class Added:
+    """Marks a field that came later: where it is at its default, the plain form leaves it out, so that digests hold."""
+
+
 def load(path: str | Path, kind: type[T]) -> T:
     """The instance of a dataclass that a file spells. StrictError for whatever is wrong with the file."""
     return _build(_compose(_read(path), str(path)), kind)
@@ -112,7 +117,14 @@ def dump(instance: object) -> dict[str, Any]:
     """The canonical plain form, fit for JSON: keys hyphenated and sorted, entries as `{name: {all parameters}}`."""
     assert is_dataclass(instance)
     assert not isinstance(instance, type)
-    return dict(sorted((key, _plain(getattr(instance, f.name), due)) for key, (f, due) in keys(type(instance)).items()))
+    values = {key: (getattr(instance, f.name), f, due) for key, (f, due) in keys(type(instance)).items()}
+    return {key: _plain(value, due) for key, (value, f, due) in sorted(values.items()) if not _left_out(value, f, due)}
+
+
+def _left_out(value: Any, field: Field[Any], due: Any) -> bool:
+    if Added() not in _unwrap(due)[1]:
+        return False
+    return bool(value == (field.default if field.default_factory is MISSING else field.default_factory()))
 
 
 def keys(kind: type) -> dict[str, tuple[Field[Any], Any]]:

@@ -21,16 +21,24 @@ PACKAGE = ROOT / "quantbench"
 LAYERS = [
     ["__main__"],
     ["cli"],
+    ["cli_models"],
+    ["face"],
     ["tune"],
     ["sweep", "sites"],
     ["bench", "leaderboard"],
+    ["gallery"],
+    ["portrait", "dormant", "ablation", "dynamics"],
     ["figures"],
     ["relation", "stats", "grid"],
+    ["harness"],
     ["results", "pretrain", "evaluate", "packed"],
     ["recipe"],
     ["model", "trace", "interface"],
     ["catalog"],
     ["tasks", "mitigations", "quantizers", "metrics"],
+    ["pretrained"],
+    ["corpora"],
+    ["wheels"],
     ["attention"],
     ["calibration"],
     ["ops"],
@@ -128,11 +136,11 @@ def test_no_name_of_a_contract_is_that_of_an_entrys_file(axis: str) -> None:
     ("library", "where"),
     [
         ("yaml", {"strict"}),
-        ("rich", {"cli", "sweep"}),
+        ("rich", {"face", "sweep"}),
         ("bitsandbytes", {"quantizers.bnb"}),
         ("hqq", {"quantizers.hqq"}),
         ("torchao", {"quantizers.ao"}),
-        ("lm_eval", {"evaluate"}),
+        ("lm_eval", {"harness"}),
         ("matplotlib", {"figures"}),
     ],
 )
@@ -265,7 +273,8 @@ def test_the_verbs_and_their_flags_are_those_that_people_know() -> None:
         )
         for verb, parser in verbs.choices.items()  # type: ignore[union-attr]
     }
-    assert flags == {
+    model = ["--dtype", "--figures", "--json", "--length", "--record"]
+    known = {
         "bench": ["--accept", "--alone", "--dry-run", "--jobs", "--results", "--seeds", "--set", "--track"],
         "sites": ["--accept", "--jobs", "--json", "--quantizer", "--results", "--seeds", "--track"],
         "export": ["--quantizer", "--seed", "--to", "--track"],
@@ -275,6 +284,13 @@ def test_the_verbs_and_their_flags_are_those_that_people_know() -> None:
         "check": [],
         "leaderboard": ["--results"],
         "relation": ["--json", "--results"],
+        "models": ["--accept-licence"],
+        "data": [],
+        "measure": [*model, "--revision", "--text", "--windows"],
+        "heads": ["--domains", *model, "--revision", "--texts", "--top"],
+        "ablate": ["--layers", *model, "--revision", "--text", "--windows"],
+        "dynamics": [*model, "--revisions", "--text", "--windows"],
         "carry": [],
         "store": ["--prune"],
     }
+    assert flags == {verb: sorted(mine) for verb, mine in known.items()}

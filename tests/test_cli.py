@@ -11,7 +11,8 @@ import pytest
 from synthetic_records import synthetic
 
 from quantbench import __version__, catalog
-from quantbench.cli import main, root
+from quantbench.cli import main
+from quantbench.face import root
 from quantbench.recipe import load_track
 from quantbench.results import path_of, write
 from quantbench.store import Store

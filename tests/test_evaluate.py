@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast
 
 from quantbench.calibration import Calibration
-from quantbench.evaluate import Reference, cut, full_precision, harness, last_words, quantized
+from quantbench.evaluate import Reference, full_precision, quantized
+from quantbench.harness import cut, harness, last_words
 from quantbench.model import QuantbenchConfig, QuantbenchModel, initialise
 from quantbench.quantizers import Quantizer
 from quantbench.recipe import Evaluate, Track, load_track

@@ -20,7 +20,8 @@ from quantbench import catalog
 from quantbench.anatomy import anatomy
 from quantbench.bench import Job, experiment, post_hoc
 from quantbench.calibration import Calibration, spans
-from quantbench.evaluate import Reference, full_precision, harness, quantized
+from quantbench.evaluate import Reference, full_precision, quantized
+from quantbench.harness import harness
 from quantbench.mitigations import Mitigation, Output, Projection, seams
 from quantbench.mitigations.hadamard import Hadamard, hadamard, rotation
 from quantbench.mitigations.percentile_clip import PercentileClip

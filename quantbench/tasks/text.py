@@ -1,7 +1,8 @@
-"""Real text that every machine already has: docstrings or sources of pinned packages, or a folder of one's own.
+"""Real text: docstrings or sources of pinned packages, which every machine has; a folder of one's own; other corpora.
 
-A document is a docstring (prose), a source file (code), or a file of the folder. Files are split by a hash of
-their path, about one in ten held out. A document is kept once; one that the training split has is no held-out
+A document is a docstring (prose), a source file (code), a file of the folder, a document of a set of `quantbench data`,
+or a row of a data set of the Hugging Face hub, of which the first `take` are streamed once. Files are split by a hash
+of their path, about one in ten held out. A document is kept once; one that the training split has is no held-out
 document. A byte-level BPE is trained on the training split; a split is then one stream of ids:
 
     document <sep> document <sep> ...
@@ -25,7 +26,7 @@ import os
 import sys
 import warnings
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -33,9 +34,10 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from quantbench import corpora
 from quantbench.store import Store, atomic_write
 from quantbench.store import digest as digest_of
-from quantbench.strict import Range
+from quantbench.strict import Added, KeyedError, Range, dump, nearest, quote
 from quantbench.tasks import Data, Ids, Task, random_bits
 
 if TYPE_CHECKING:
@@ -48,6 +50,7 @@ SHORTEST = 32  # characters of a document
 HELD_OUT = 10  # one file in so many
 SUFFIXES = (".txt", ".md", ".rst", ".py")  # of a folder's files
 BUILD_FILES = ("__config__.py",)  # written by a package's build: these differ between its wheels
+PROSE = ("wikipedia", "code")  # sets of `quantbench data` that are documents
 CARRIED = "carried"  # the folder of files that bring ids from elsewhere
 LARGEST = 60 << 20  # bytes of such a file
 CALIBRATION_SEED = 0x63616C6962726174  # a stream of its own, far from the seeds that people choose
@@ -61,6 +64,20 @@ class Text(Task):
     packages: tuple[str, ...] = ("numpy", "scipy", "transformers")  # names of installed distributions
     folder: str = ""  # text files (.txt, .md, .rst, .py; UTF-8; links not followed) in place of packages
     vocab: Annotated[int, Range(258, 65536)] = 512  # 256 bytes, 2 special tokens, the rest merges
+    sets: Annotated[tuple[str, ...], Added()] = ()  # in place of packages: wikipedia, code
+    dataset: Annotated[str, Added()] = (
+        ""  # in place of packages: a data set of the hub, `owner/name` or `owner/name:config`
+    )
+    take: Annotated[int, Range(1, 100_000_000), Added()] = 10_000  # of its rows, from the first
+    column: Annotated[str, Added()] = "text"  # of its rows
+
+    def __post_init__(self) -> None:
+        named = [key for key in ("folder", "sets", "dataset") if getattr(self, key)]
+        if len(named) > 1:
+            raise KeyedError(f"{named[0]!r} and {named[1]!r} are both given: text comes from one of them", *named)
+        for name in self.sets:
+            if name not in PROSE:
+                raise KeyedError(f"'sets' has {quote(name)}{nearest(name, PROSE)}", "sets")
 
     def open(self, cache: Path) -> "Corpus":
         carried = self._carried(cache)
@@ -68,7 +85,7 @@ class Text(Task):
 
     def ready(self, cache: Path) -> bool:
         carried = self._carried(cache)
-        inputs = _read(carried)[0] if carried.exists() else self._source()[1]
+        inputs = _read(carried)[0] if carried.exists() else self._source(cache)[1]
         return Store(cache).load("text", inputs) is not None
 
     def carry(self, cache: Path) -> Path:
@@ -83,11 +100,11 @@ class Text(Task):
         return self._carried(cache)
 
     def _carried(self, cache: Path) -> Path:
-        return cache / CARRIED / f"text-{digest_of(asdict(self))[:16]}.safetensors"
+        return cache / CARRIED / f"text-{digest_of(_named(self))[:16]}.safetensors"
 
     def _made(self, cache: Path) -> tuple[Path, dict[str, object]]:
         """The cell of what is installed here, made where it is missing, and what it depends on."""
-        source, inputs = self._source()
+        source, inputs = self._source(cache)
         store = Store(cache)
         found = store.load("text", inputs)
         if found is None:
@@ -95,10 +112,23 @@ class Text(Task):
                 found = cell.path or cell.commit(_build(source, self.vocab))
         return found, inputs
 
-    def _source(self) -> "tuple[_Packages | _Folder, dict[str, object]]":
+    def _source(self, cache: Path) -> "tuple[Source, dict[str, object]]":
         """Where the text comes from, and what its cell depends on."""
-        source = _Folder(self.folder) if self.folder else _Packages(self.packages, self.domain)
+        source: Source
+        if self.folder:
+            source = _Folder(self.folder)
+        elif self.sets:
+            source = _Sets(self.sets, cache)
+        elif self.dataset:
+            source = _Dataset(self.dataset, self.take, self.column)
+        else:
+            source = _Packages(self.packages, self.domain)
         return source, {"version": VERSION, "source": source.identity(), "vocab": self.vocab}
+
+
+def _named(task: Text) -> dict[str, object]:
+    """The parameters by their names; what came later is left out where nobody sets it, so that old files are found."""
+    return {key.replace("-", "_"): value for key, value in dump(task).items()}
 
 
 class Corpus(Data):
@@ -219,6 +249,49 @@ class _Folder:
             yield name, [self.files[name]]
 
 
+class _Sets:
+    """Documents of `quantbench data`."""
+
+    def __init__(self, names: tuple[str, ...], cache: Path):
+        self.names, self.cache = names, cache
+        self.title = ", ".join(names)
+
+    def identity(self) -> dict[str, object]:
+        return {"sets": [[name, corpora.digest(name, self.cache)] for name in self.names]}
+
+    def documents(self) -> Iterator[tuple[str, list[str]]]:
+        for name in self.names:
+            for number, text in enumerate(corpora.documents(name, self.cache)):
+                yield f"{name}/{number}", [text]
+
+
+class _Dataset:
+    """The first rows of a data set of the hub, streamed."""
+
+    def __init__(self, given: str, take: int, column: str):
+        self.name, _, self.config = given.partition(":")
+        self.take, self.column = take, column
+        self.title = f"{take:,} rows of {given}"
+
+    def identity(self) -> dict[str, object]:
+        return {"dataset": [self.name, self.config], "take": self.take, "column": self.column}
+
+    def documents(self) -> Iterator[tuple[str, list[str]]]:
+        import datasets
+
+        try:
+            rows = datasets.load_dataset(self.name, self.config or None, split="train", streaming=True)
+            for number, row in enumerate(rows.take(self.take)):
+                yield f"{number}", [str(row[self.column])]
+        except KeyError:
+            raise ValueError(f"text: the rows of {self.name} have no column {self.column!r}") from None
+        except (OSError, ValueError) as error:
+            raise ValueError(f"text: {self.name}: {str(error).splitlines()[0]}") from error
+
+
+Source = _Packages | _Folder | _Sets | _Dataset
+
+
 def _utf8(path: Path, content: bytes) -> str:
     try:
         return content.decode("utf-8-sig").replace("\r\n", "\n")
@@ -253,7 +326,7 @@ def _statements(node: ast.AST, field: str) -> list[ast.AST]:
     return getattr(node, field, [])
 
 
-def _build(source: _Packages | _Folder, vocab: int) -> dict[str, bytes]:
+def _build(source: Source, vocab: int) -> dict[str, bytes]:
     """The files of a finished corpus. ValueError where the text is too little."""
     print(f"quantbench: reading {source.title}, once ...", file=sys.stderr, flush=True)
     training, held_out = _split(source)
@@ -274,7 +347,7 @@ def _build(source: _Packages | _Folder, vocab: int) -> dict[str, bytes]:
     }
 
 
-def _split(source: _Packages | _Folder) -> tuple[list[str], list[str]]:
+def _split(source: Source) -> tuple[list[str], list[str]]:
     """The documents of the training and of the held-out split; every one once, in the order of the files."""
     splits: tuple[dict[str, None], dict[str, None]] = ({}, {})
     collects = gc.isenabled()

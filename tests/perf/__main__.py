@@ -12,7 +12,7 @@ from importlib import import_module
 import torch
 
 from quantbench.bench import environment, source
-from quantbench.cli import root
+from quantbench.face import root
 from quantbench.store import atomic_write
 from tests.perf.table import PARTS, render
 

@@ -6,7 +6,7 @@ baseline meets itself shows what noise is left. Recipes that come after training
 """
 
 from quantbench.bench import post_hoc
-from quantbench.cli import root
+from quantbench.face import root
 from quantbench.pretrain import steady_memory
 from quantbench.recipe import available, load_recipe
 from tests.perf.contest import Row, contest, threads

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from quantbench.cli import root
+from quantbench.face import root
 from quantbench.mitigations import Settings
 from quantbench.model import initialise
 from quantbench.pretrain import _step, build, steady_memory

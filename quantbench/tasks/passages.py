@@ -1,0 +1,96 @@
+"""Passages that a model which is there already is judged on: one window a document, so that documents are independent.
+
+A window is BOS (where the model has one) and the first `length` tokens of a document, in the model's own tokenizer; a
+document that is shorter is left out. One document in six is kept for calibration. Nothing is trained on: there are no
+training sequences. Documents come from the sets of `quantbench data`, or from text files.
+"""
+
+import hashlib
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from quantbench import corpora
+from quantbench.store import digest as digest_of
+from quantbench.tasks import Data, Ids, Task
+
+VERSION = 1  # bumped by hand when other ids come out of the same text
+CALIBRATION = 6  # one document in so many
+
+
+@dataclass(frozen=True)
+class Passages(Task):
+    """Documents, read by the tokenizer of a model."""
+
+    tokenizer: str = "smollm2"  # a model as `quantbench measure` takes it
+    sets: tuple[str, ...] = ("wikipedia",)  # names of `quantbench data`
+
+    def open(self, cache: Path) -> "Documents":
+        from quantbench.pretrained import tokenizer_of
+
+        tokenizer, bos, digest = tokenizer_of(self.tokenizer, cache)
+        texts = [text for name in self.sets for text in corpora.documents(name, cache)]
+        return Documents(tokenizer, bos, texts, digest_of([VERSION, asdict(self), digest, _sha256(texts)]))
+
+
+def _sha256(texts: list[str]) -> str:
+    found = hashlib.sha256()
+    for text in texts:
+        found.update(len(text).to_bytes(8, "big") + text.encode())
+    return found.hexdigest()
+
+
+class Documents(Data):
+    """The documents as ids; each is tokenized when it is first asked for."""
+
+    def __init__(self, tokenizer: Any, bos: int | None, texts: list[str], digest: str) -> None:
+        self.vocab = len(tokenizer)
+        if bos is None:
+            raise ValueError("passages: this model has no BOS, which every sequence begins with")
+        self.bos, self.digest = bos, digest
+        self._tokenizer, self._texts = tokenizer, texts
+        self._ids: dict[int, list[int]] = {}
+
+    def training(self, seed: int, first: int, count: int, length: int) -> Ids:
+        """ValueError: there are none."""
+        raise ValueError("passages: nothing is trained on them; take the task `text`")
+
+    def calibration(self, count: int, length: int) -> Ids:
+        """Windows of the documents kept for it, one after the other; again from the first where they are too few."""
+        kept = [number for number in range(len(self._texts)) if number % CALIBRATION == 0]
+        windows = [
+            ids[start : start + length]
+            for ids in map(self._encoded, kept)
+            for start in range(0, len(ids) - length + 1, length)
+        ]
+        if not windows:
+            raise ValueError(f"passages: no document for calibration has {length:,} tokens: take shorter sequences")
+        # Spread over all of them, so that no one article sets the ranges.
+        return self._behind([windows[i * len(windows) // count % len(windows)] for i in range(count)], length)
+
+    def held_out(self, count: int, length: int) -> Ids:
+        others = (number for number in range(len(self._texts)) if number % CALIBRATION)
+        windows = [ids[:length] for ids in map(self._encoded, others) if len(ids) >= length]
+        if len(windows) < count:
+            raise ValueError(
+                f"passages: {len(windows):,} documents have {length:,} tokens, {count:,} are asked for: "
+                "evaluate fewer sequences, or shorter ones"
+            )
+        return self._behind(windows[:count], length)
+
+    def bytes_of(self, ids: Ids) -> int:
+        # A token may hold part of a character: what counts is the text of a whole window.
+        windows = ids.reshape(-1, ids.shape[-1]).tolist()
+        return sum(len(text.encode()) for text in self._tokenizer.batch_decode(windows, skip_special_tokens=True))
+
+    def _encoded(self, number: int) -> list[int]:
+        if number not in self._ids:
+            self._ids[number] = self._tokenizer.encode(self._texts[number], add_special_tokens=False)
+        return self._ids[number]
+
+    def _behind(self, windows: list[list[int]], length: int) -> Ids:
+        ids = np.full((len(windows), length + 1), self.bos, np.int64)
+        ids[:, 1:] = windows
+        return ids
