@@ -22,6 +22,7 @@ from quantbench.heads import show
 # Where a tensor passes that can be quantized, kind by kind. A place of a kind is called `layer.name`.
 HEADS = ("keys", "values", "scores", "probabilities", "products")  # [B, H, T, ...], where the model shows its heads
 SITES = ("inputs", "residual", "norms", *HEADS)  # inputs: of the Linears inside the blocks, which are swapped
+SUBLAYERS = ("attention", "mlp")  # of a block, which the residual stream passes by
 
 
 class Prefixed(nn.Module):
@@ -74,6 +75,8 @@ class Anatomy:
     stream: Stream | None = None  # None where norms do not stand in front of the sublayers
     front: int = 0  # learned tokens before every sequence: positions of the stream, the last of them before BOS
     room: int | None = None  # how many tokens learned positions are for; None where there are none
+    joins: dict[str, list[nn.Module]] = field(default_factory=dict)  # of SUBLAYERS, a block each: its output joins the
+    # stream; that, or the first of a tuple
 
     def sites(self, kind: str) -> dict[str, nn.Module]:
         """The places of one kind of SITES but `inputs`; ValueError where the model does not show it."""
@@ -111,11 +114,13 @@ class Architecture:
         }
     )
     down: str = "mlp.down_proj"  # the MLP's last Linear
+    joins: tuple[str, str] = ("self_attn", "mlp")  # whose outputs join the stream: of the SUBLAYERS, norms behind them
     behind: bool = False  # whether there are norms behind the sublayers, too
     conv1d: bool = False  # whether its Linears are Conv1Ds
 
 
 LLAMA = Architecture()
+BEHIND = ("post_attention_layernorm", "post_feedforward_layernorm")
 GEMMA = replace(
     LLAMA,
     reads={
@@ -123,6 +128,7 @@ GEMMA = replace(
         "pre_feedforward_layernorm": LLAMA.reads["post_attention_layernorm"],
     },
     behind=True,
+    joins=BEHIND,
 )
 ARCHITECTURES = {  # a config's model_type -> what is known of it
     "llama": LLAMA,  # SmolLM and SmolLM2 are Llamas, too
@@ -131,7 +137,7 @@ ARCHITECTURES = {  # a config's model_type -> what is known of it
     "qwen3": LLAMA,
     "smollm3": LLAMA,
     "olmo": LLAMA,
-    "olmo2": replace(LLAMA, reads={}, behind=True),
+    "olmo2": replace(LLAMA, reads={}, behind=True, joins=BEHIND),
     "gemma2": GEMMA,
     "gemma3_text": GEMMA,
     "gpt_oss": LLAMA,  # its experts are no Linears, so that nobody knows who reads and writes the stream
@@ -145,6 +151,7 @@ ARCHITECTURES = {  # a config's model_type -> what is known of it
         reads={"ln_1": ["attn.c_attn"], "ln_2": ["mlp.c_fc"]},
         down="mlp.c_proj",
         conv1d=True,
+        joins=("attn", "mlp"),
     ),
     "opt": Architecture(
         blocks="model.decoder.layers",
@@ -154,6 +161,7 @@ ARCHITECTURES = {  # a config's model_type -> what is known of it
         output="self_attn.out_proj",
         reads={"self_attn_layer_norm": LLAMA.reads["input_layernorm"], "final_layer_norm": ["fc1"]},
         down="fc2",
+        joins=("self_attn", "fc2"),
     ),
     "gpt_neox": Architecture(  # Pythia; both norms may read one stream
         blocks="gpt_neox.layers",
@@ -166,6 +174,7 @@ ARCHITECTURES = {  # a config's model_type -> what is known of it
             "post_attention_layernorm": ["mlp.dense_h_to_4h"],
         },
         down="mlp.dense_4h_to_h",
+        joins=("attention", "mlp"),
     ),
 }
 
@@ -211,7 +220,8 @@ def _ours(model: Any) -> Anatomy:
     stream = _stream(blocks, tables, reads, model.norm, ["attention.out"], "mlp.down")
     room = None if model.places is None else model.config.max_position_embeddings
     found = _places(blocks, places)
-    return Anatomy(model.embed, model.embedded, blocks, model.head, heads, found, stream, model.registers, room)
+    joins = _joins(blocks, SUBLAYERS)
+    return Anatomy(model.embed, model.embedded, blocks, model.head, heads, found, stream, model.registers, room, joins)
 
 
 def _theirs(model: Any, kind: str, known: Architecture) -> Anatomy:
@@ -242,7 +252,8 @@ def _theirs(model: Any, kind: str, known: Architecture) -> Anatomy:
     if whole and last is not None and not known.behind:
         stream = _stream(blocks, tables, known.reads, last, [known.output], known.down)
     room = model.config.max_position_embeddings if known.positions else None
-    return Anatomy(table, _entrance(blocks[0]), blocks, head, heads, _places(blocks, places), stream, 0, room)
+    found, joins = _places(blocks, places), _joins(blocks, known.joins)
+    return Anatomy(table, _entrance(blocks[0]), blocks, head, heads, found, stream, 0, room, joins)
 
 
 def _at(module: Any, path: str) -> Any:
@@ -309,6 +320,12 @@ def _places(blocks: list[nn.Module], kinds: dict[str, dict[str, str]]) -> dict[s
                 f"{layer}.{name}": inside[path] for layer, inside in enumerate(modules) for name, path in paths.items()
             }
     return found
+
+
+def _joins(blocks: list[Any], paths: tuple[str, ...]) -> dict[str, list[nn.Module]]:
+    """Sublayer -> the module of each block whose output joins the stream; without one that a block lacks."""
+    found = {name: [_at(block, path) for block in blocks] for name, path in zip(SUBLAYERS, paths, strict=True)}
+    return {name: modules for name, modules in found.items() if None not in modules}
 
 
 def _stream(

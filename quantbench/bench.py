@@ -271,7 +271,7 @@ def _given(job: Job, store: Store, say: Say) -> dict[str, bytes | Path]:
 
     say("open", 0, 1, job.track.pretrained)
     paid = cost(open_model(job.track.pretrained, store.root).model, job.track.length)
-    about = {"reason": None, "cost": paid, "losses": [], "final-loss": None, "timeline": []}
+    about: dict[str, Any] = {"reason": None, "cost": paid, "losses": [], "final-loss": None, "timeline": []}
     return {"training.json": to_json(about)}
 
 

@@ -103,7 +103,8 @@ def timeline(records: list[Record]) -> bytes | None:
         panels.append(Panel(title, unit, scale, courses))
     styles = _styles(finished(records))
     shown = {name: style for name, style in styles.items() if name in {run["recipe"]["name"] for run in runs}}
-    return _lines(panels, "training step", lambda axes: _training_steps(axes, runs), shown)
+    steps = {entry["step"] for run in runs for entry in run["training"]["timeline"]}
+    return _lines(panels, "training step", lambda axes: _training_steps(axes, steps), shown)
 
 
 def propagation(sites: list[Record], records: list[Record]) -> bytes | None:
@@ -154,7 +155,7 @@ def _lines(
 ) -> bytes | None:
     """Panels side by side, the recipes named once, at the right. None where there is no line."""
     panel, gap = 2.25, 0.65  # inches, as `left`; right of the last panel there is room for the longest name
-    width = left + 3 * panel + 2 * gap + 0.35 + 0.062 * max(map(len, styles), default=0)
+    width = left + len(panels) * panel + (len(panels) - 1) * gap + 0.35 + 0.062 * max(map(len, styles), default=0)
     height = max(3.2, 0.155 * len(styles) + 1.0)
     with _figure(width, height) as figure:
         last = None
@@ -259,12 +260,11 @@ def _scatter(axes: Axes, runs: list[Record], quantizer: str) -> dict[str, tuple[
     return centres
 
 
-def _training_steps(axes: Axes, runs: list[Record]) -> None:
+def _training_steps(axes: Axes, steps: set[int]) -> None:
     """A logarithmic axis of steps that has room for step 0."""
     from matplotlib.ticker import FixedLocator, FuncFormatter
 
-    steps = sorted({entry["step"] for r in runs for entry in r["training"]["timeline"]} - {0})
-    first, last = (steps[0], steps[-1]) if steps else (1, 1)
+    first, last = min(steps - {0}, default=1), max(steps - {0}, default=1)
     axes.set_xscale("symlog", linthresh=first, linscale=0.5)
     decades = [10**power for power in range(10) if first <= 10**power <= last]
     axes.xaxis.set_major_locator(FixedLocator([0, *decades]))
@@ -422,3 +422,251 @@ def _svg(figure: Figure) -> bytes:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
     return buffer.getvalue()
+
+
+# --- a portrait of one model (portrait.py) ---------------------------------------------------------------------------
+
+SIDES = (("with BOS", "black", "o-"), ("without BOS", "#cc3311", "o--"))  # dashed, as the two often coincide
+BY_LAYER = {  # figure of a layer -> (title, unit, scale)
+    "norm": ("residual peak", "token norm after the block", "log"),
+    "sink-attention": ("attention to the sink", "mean attention weight", "linear"),
+    "value-drain": ("value drain", "value norm of the sink / other tokens", "log"),
+}
+
+
+def by_layer(sides: dict[str, dict[str, list[float | None]]]) -> bytes | None:
+    """The three signatures layer by layer, a line per side of SIDES; beside the largest norm the median, dotted.
+
+    `sides`: label -> figure -> a number a layer. Panels of which nothing is known are left out; None where all are.
+    """
+    shown = [figure for figure in BY_LAYER if any(_known(courses, figure) for courses in sides.values())]
+    if not shown:
+        return None
+    layers = max(len(courses["norm"]) for courses in sides.values())
+    left, panel, gap, right, height = 0.65, 2.25, 0.7, 0.95, 2.9  # inches
+    width = left + len(shown) * panel + (len(shown) - 1) * gap + right
+    with _figure(width, height) as figure:
+        for place, name in enumerate(shown):
+            title, unit, scale = BY_LAYER[name]
+            axes = figure.add_axes(
+                ((left + place * (panel + gap)) / width, 0.45 / height, panel / width, 1 - 0.75 / height)
+            )
+            axes.set_title(title, loc="left", fontweight="bold")
+            axes.set_ylabel(unit)
+            axes.set_xlabel("block")
+            axes.set_yscale(scale)
+            ends, styles = {}, {}
+            for label, colour, line in SIDES:
+                courses = sides.get(label, {})
+                if not (course := _known(courses, name)):
+                    continue
+                axes.plot(*zip(*course, strict=True), line, color=colour, linewidth=1.2, markersize=2.2)
+                ends[label], styles[label] = course[-1], (colour, "o")
+                if name == "norm" and (medians := _known(courses, "median")):
+                    axes.plot(*zip(*medians, strict=True), ":", color=colour, linewidth=1.2)
+                    ends["median"], styles["median"] = medians[-1], ("0.35", "")
+            _counted(axes, layers - 1)
+            if scale == "log":
+                _plain_ticks(axes.yaxis)
+            else:
+                axes.set_ylim(0, None)
+            if place == len(shown) - 1:
+                _name_ends(axes, ends, styles)
+            elif name == "norm":
+                _note_medians(axes, sides)
+        return _svg(figure)
+
+
+def _known(courses: dict[str, list[float | None]], figure: str) -> list[tuple[float, float]]:
+    """(layer, number) where there is one; of what a logarithmic axis shows, where it is above 0."""
+    logarithmic = BY_LAYER.get(figure, ("", "", "log"))[2] == "log"
+    numbers = enumerate(courses.get(figure, []))
+    return [(float(x), y) for x, y in numbers if y is not None and (y > 0 or not logarithmic)]
+
+
+def _note_medians(axes: Axes, sides: dict[str, dict[str, list[float | None]]]) -> None:
+    """Says what is dotted, below and right of its middle: medians grow from block to block."""
+    courses = [medians for side in sides.values() if (medians := _known(side, "median"))]
+    if courses:
+        lowest = min(courses, key=lambda medians: medians[len(medians) // 2][1])
+        axes.annotate("median token", lowest[len(lowest) // 2], (3, -4), textcoords="offset points", va="top",
+                      color="0.35", fontsize=7)  # fmt: skip
+
+
+# --- heads of one model (dormant.py) ---------------------------------------------------------------------------------
+
+DOMAINS = ("#cc3311", "#0077bb", "#117733", "#ee7733", "#aa4499", "#332288")
+
+
+def head_map(differences: list[list[float]], framed: list[tuple[int, int, bool]], domains: tuple[str, str]) -> bytes:
+    """Layers x heads: the attention to the sink in one domain minus that in the other; red above 0, blue below.
+
+    framed: (layer, head, whether it is dormant in one and active in the other), with a frame, that with a thick one.
+    """
+    from matplotlib.patches import Rectangle
+
+    layers, heads = len(differences), max(map(len, differences))
+    largest = max(0.01, max(abs(x) for row in differences for x in row))
+    box = (0.42, 0.16) if heads <= 16 else (0.2, 0.16)  # inches
+    left, right, bottom, top = 0.55, 0.2, 0.45, 0.6
+    width, height = left + max(box[0] * heads, 3.2) + right, bottom + box[1] * layers + top
+    with _figure(width, height) as figure:
+        axes = figure.add_axes((left / width, bottom / height, box[0] * heads / width, 1 - (bottom + top) / height))
+        axes.set(xlim=(-0.5, heads - 0.5), ylim=(-0.5, layers - 0.5))
+        axes.grid(False)
+        for layer, row in enumerate(differences):
+            for head, difference in enumerate(row):
+                colour = _diverging(difference / largest)
+                axes.add_patch(Rectangle((head - 0.5, layer - 0.5), 1, 1, facecolor=colour, edgecolor="none"))
+        for layer, head, contrast in framed:
+            axes.add_patch(
+                Rectangle((head - 0.47, layer - 0.44), 0.94, 0.88, fill=False, edgecolor="black",
+                          linewidth=1.3 if contrast else 0.5)
+            )  # fmt: skip
+            if heads <= 16:
+                difference = differences[layer][head]
+                ink = "white" if abs(difference) > 0.7 * largest else "black"
+                axes.text(head, layer, _signed(difference), ha="center", va="center_baseline", fontsize=5.5, color=ink)
+        for axis, name in ((axes.xaxis, "head"), (axes.yaxis, "layer")):
+            _whole_ticks(axis)
+            axis.set_label_text(name)
+        title = f"attention to the sink: {domains[0]} − {domains[1]}"
+        axes.set_title(title, loc="left", fontweight="bold", pad=18)
+        told = f"blue −{largest:.2f} to red +{largest:.2f}; framed: intervened on, thick: dormant in one, active in one"
+        axes.text(0, 1 + 0.06 / (box[1] * layers), told, transform=axes.transAxes, color="0.35", fontsize=6.5)
+        return _svg(figure)
+
+
+def _diverging(share: float) -> tuple[float, float, float]:
+    """From -1, blue, by way of white, to 1, red: of DOMAINS the first two."""
+    from matplotlib.colors import to_rgb
+
+    red, green, blue = to_rgb(DOMAINS[0] if share > 0 else DOMAINS[1])
+    share = min(1.0, abs(share))
+    return (1 - share * (1 - red), 1 - share * (1 - green), 1 - share * (1 - blue))
+
+
+def _whole_ticks(axis: Axis) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    axis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    axis.set_tick_params(length=0)
+
+
+def forest(rows: dict[str, dict[str, Any]], domains: list[str], kinds: tuple[str, ...]) -> bytes:
+    """A line per head: the change of the loss and its limits, a colour per domain, a panel per kind of intervention.
+
+    rows: label -> domain -> {kind: {mean, low, high}, verdict}. Filled: active; hollow: dormant; grey: undecided.
+    """
+    left, panel, gap, right, top, line = 0.6, 2.6, 0.25, 0.15, 0.62, 0.2  # inches
+    width = left + len(kinds) * panel + (len(kinds) - 1) * gap + right
+    height = top + line * len(rows) + 0.5
+    colours = {name: DOMAINS[number % len(DOMAINS)] for number, name in enumerate(domains)}
+    with _figure(width, height) as figure:
+        for place, kind in enumerate(kinds):
+            axes = figure.add_axes(
+                ((left + place * (panel + gap)) / width, 0.5 / height, panel / width, line * len(rows) / height)
+            )
+            axes.axvline(0, color="0.6", linewidth=0.6)
+            for y, found in enumerate(rows.values()):
+                for number, name in enumerate(domains):
+                    at, colour = found[name], colours[name]
+                    offset = y + 0.5 * ((number + 0.5) / len(domains) - 0.5)
+                    axes.plot([at[kind]["low"], at[kind]["high"]], [offset, offset], color=colour, linewidth=1.0)
+                    face = {"active": colour, "dormant": "white"}.get(at["verdict"], "0.8")
+                    axes.plot([at[kind]["mean"]], [offset], "o", color=face, markersize=3.4, markeredgecolor=colour,
+                              markeredgewidth=0.9)  # fmt: skip
+            axes.set_ylim(len(rows) - 0.4, -0.6)
+            axes.set_yticks(range(len(rows)), list(rows) if place == 0 else [""] * len(rows))
+            axes.tick_params(axis="y", length=0)
+            axes.set_xlabel("change of the loss, nats per token")
+            axes.set_title({"moved": "attention moved to the sink"}.get(kind, f"head {kind}"), loc="left",
+                           fontweight="bold", pad=16 if place == 0 else 6)  # fmt: skip
+            if place == 0:
+                _legend_of(axes, colours)
+        return _svg(figure)
+
+
+def _legend_of(axes: Axes, colours: dict[str, str]) -> None:
+    """The domains in their colours and what the marks mean, above the axes."""
+    text: Any = axes.annotate("", (0, 1), (0, 5), xycoords="axes fraction", textcoords="offset points")
+    for name, colour in colours.items():
+        text = axes.annotate(f"{name}   ", (1, 0), (0, 0), xycoords=text, textcoords="offset points", va="bottom",
+                             color=colour, fontsize=7) if text.get_text() else axes.annotate(
+            f"{name}   ", (0, 1), (0, 4), xycoords="axes fraction", textcoords="offset points", color=colour, fontsize=7
+        )  # fmt: skip
+    axes.annotate("filled: active, hollow: dormant, grey: undecided", (1, 0), (0, 0), xycoords=text,
+                  textcoords="offset points", va="bottom", color="0.35", fontsize=7)  # fmt: skip
+
+
+# --- ablations of one model (ablation.py) ----------------------------------------------------------------------------
+
+SUBLAYERS = {"mlp": ("MLP zeroed", "black", "o-"), "attention": ("attention zeroed", "#cc3311", "o-")}
+LEFT = {  # figure of an ablation -> (title, unit, scale)
+    "sink-norm": ("what the sink's norm becomes", "norm of the sink after block {}", "log"),
+    "sink-rate": ("sink rate", "share of heads above .3 on one position", "linear"),
+    "loss-change": ("what it costs", "change of the loss, nats per token", "linear"),
+}
+
+
+def ablations(whole: dict[str, Any], found: list[dict[str, Any]], peak: int) -> bytes:
+    """What is left of the sink, and what it costs, over the layer that is ablated; dashed, the whole model."""
+    shown = [name for name in LEFT if any(_left(at, name) is not None for at in found)]
+    left, panel, gap, right, height = 0.65, 2.25, 0.7, 1.0, 2.9  # inches
+    width = left + len(shown) * panel + (len(shown) - 1) * gap + right
+    with _figure(width, height) as figure:
+        for place, name in enumerate(shown):
+            title, unit, scale = LEFT[name]
+            axes = figure.add_axes(
+                ((left + place * (panel + gap)) / width, 0.45 / height, panel / width, 1 - 0.75 / height)
+            )
+            axes.set_title(title, loc="left", fontweight="bold")
+            axes.set_ylabel(unit.format(peak))
+            axes.set_xlabel("layer")
+            axes.set_yscale(scale)
+            ends, styles = {}, {}
+            for part, (label, colour, line) in SUBLAYERS.items():
+                course = [(float(at["layer"]), y) for at in found if at["part"] == part
+                          if (y := _left(at, name)) is not None and (y > 0 or scale != "log")]  # fmt: skip
+                if course:
+                    axes.plot(*zip(*course, strict=True), line, color=colour, linewidth=1.2, markersize=2.2)
+                    ends[label], styles[label] = course[-1], (colour, "o")
+            level = 0.0 if name == "loss-change" else whole[name]
+            if level is not None and (level > 0 or scale != "log"):
+                axes.axhline(level, color="0.5", linewidth=0.8, linestyle="--")
+            _counted(axes, max(at["layer"] for at in found))
+            if scale == "log":
+                _plain_ticks(axes.yaxis)
+            elif name == "sink-rate":
+                axes.set_ylim(0, None)
+            if place == len(shown) - 1:
+                _name_ends(axes, ends, styles)
+        return _svg(figure)
+
+
+def _left(at: dict[str, Any], name: str) -> float | None:
+    number: float | None = at[name]["mean"] if name == "loss-change" else at[name]
+    return number
+
+
+# --- checkpoints of one model (dynamics.py) --------------------------------------------------------------------------
+
+
+def over_training(revisions: list[dict[str, Any]], unit: str) -> bytes | None:
+    """The three signatures as in `timeline`, and the norm of the first token, of the checkpoints of one model."""
+    shown = {**SIGNATURES, "first-norm": ("first token", "its largest norm over blocks", "linear")}
+    panels = [
+        Panel(title, of, scale, {"": _means([(at["step"], at[name]) for at in revisions], scale == "log")})
+        for name, (title, of, scale) in shown.items()
+    ]
+    steps = {at["step"] for at in revisions}
+
+    def mark(axes: Axes) -> None:
+        for line in axes.get_lines():
+            line.set(marker="o", markersize=2.5)
+        if unit == "revision":
+            _counted(axes, max(steps))
+        else:
+            _training_steps(axes, steps)
+
+    return _lines(panels, unit, mark, {"": ("black", "o")})

@@ -27,7 +27,6 @@ from quantbench.evaluate import BATCH, Figures, Reference, log_probabilities, nl
 CHOICES = 4  # of a question of our own
 STANDARD = {"lambada": "lambada_openai", "arc-easy": "arc_easy", "hellaswag": "hellaswag", "piqa": "piqa"}
 FOLDERS = ("lambada", "arc", "hellaswag", "piqa")  # of lm-eval's tasks, where these are: reading all takes a minute
-SPLITS = {"lambada": "test", "arc-easy": "test", "hellaswag": "validation", "piqa": "validation"}
 DRAW_SEED = 0  # of which items are scored
 TOKENS = 4096  # of a batch of the standard tasks' short texts, about
 
@@ -111,11 +110,12 @@ def _stock(name: str, cache: Path) -> tuple[str, Any]:
     rows = corpora.rows(name, cache)
 
     def here(**_: Any) -> dict[str, Any]:
-        return {SPLITS[name]: datasets.Dataset.from_list(rows)}
+        return {"test": datasets.Dataset.from_list(rows)}
 
     folder = Path(str(package.__file__)).parent
     manager = TaskManager(include_path=[str(folder / part) for part in FOLDERS], include_defaults=False)
-    mine = {"task": STANDARD[name], "custom_dataset": here, "training_split": None}
+    mine = {"task": STANDARD[name], "custom_dataset": here}
+    mine |= {"training_split": None, "validation_split": None, "test_split": "test"}
     return STANDARD[name], manager.load({"group": "standard", "task": [mine]})["tasks"][STANDARD[name]]
 
 

@@ -1,0 +1,34 @@
+"""Numbers as tables show them."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+NOTHING = "–"
+
+
+def plain(value: float | None) -> str:
+    """Three significant digits, without an exponent between a ten-thousandth and a billion."""
+    if value is None:
+        return NOTHING
+    if value == 0:
+        return "0"
+    magnitude = math.floor(math.log10(abs(value)))
+    if not -4 <= magnitude < 9:
+        return f"{value:.2e}".replace("-", "−")
+    return f"{value:,.{max(0, 2 - magnitude)}f}".replace("-", "−")
+
+
+def signed(value: float | None, digits: int = 4) -> str:
+    """With its sign, also where it is above 0."""
+    return NOTHING if value is None else f"{value:+.{digits}f}".replace("-", "−")
+
+
+def spread(interval: Mapping[str, Any] | None, digits: int = 4, sign: bool = True) -> str:
+    """{mean, low, high} as mean ± half of its width; the mean alone where there is no interval."""
+    if interval is None or interval["mean"] is None:
+        return NOTHING
+    mean = signed(interval["mean"], digits) if sign else f"{interval['mean']:.{digits}f}"
+    if interval["low"] is None:
+        return mean
+    return f"{mean} ± {(interval['high'] - interval['low']) / 2:.{digits}f}"

