@@ -83,15 +83,14 @@ def ablate(arguments: argparse.Namespace) -> int:
 def dynamics(arguments: argparse.Namespace) -> int:
     """Follow the three signatures over the published training checkpoints of a model, or over folders."""
     from quantbench.dynamics import follow
-    from quantbench.pretrained import open_model
 
     folders = [Path(arguments.model) / revision for revision in arguments.revisions]
     below = all(folder.is_dir() for folder in folders)  # checkpoints side by side in a folder
 
     def opened(revision: str) -> "Given":
         if below:
-            return open_model(str(Path(arguments.model) / revision), _cache(), None, arguments.dtype)
-        return open_model(arguments.model, _cache(), revision, arguments.dtype)
+            return _opened(str(Path(arguments.model) / revision), None, arguments.dtype)
+        return _opened(arguments.model, revision, arguments.dtype)
 
     documents, read = _documents(arguments.text or [TEXT])
     body = follow(opened, arguments.revisions, documents, arguments.length, arguments.windows, progress())
@@ -117,10 +116,15 @@ def _known(names: list[str], known: Any, what: str) -> list[str]:
 
 
 def _open(arguments: argparse.Namespace) -> "Given":
+    progress()("open", 0, 1, arguments.model)
+    return _opened(arguments.model, arguments.revision, arguments.dtype)
+
+
+def _opened(name: str, revision: str | None, dtype: str) -> "Given":
+    import quantbench.model  # noqa: F401 - a folder may be a checkpoint of ours
     from quantbench.pretrained import open_model
 
-    progress()("open", 0, 1, arguments.model)
-    return open_model(arguments.model, _cache(), arguments.revision, arguments.dtype)
+    return open_model(name, _cache(), revision, dtype)
 
 
 def _documents(names: list[str]) -> tuple[list[str], dict[str, Any]]:
@@ -205,7 +209,7 @@ def add(verb: Verb) -> None:
 
     measures = _about_a_model(verb("measure", measure))
     measures.add_argument("--windows", type=_count, default=32, metavar="N", help="of text (default: 32)")
-    finds = _about_a_model(verb("heads", heads), text=False)
+    finds = _about_a_model(verb("heads", heads), text=False, length=256)
     finds.add_argument("--domains", nargs="+", default=["wikipedia", "code"], metavar="SET",
                        help="sets of text, or text files (default: wikipedia code)")  # fmt: skip
     finds.add_argument("--texts", type=_count, default=8, metavar="N", help="of each domain (default: 8)")
@@ -229,7 +233,7 @@ def _got(function: Callable[[argparse.Namespace], int]) -> Callable[[argparse.Na
 
 
 def _about_a_model(
-    parser: argparse.ArgumentParser, revision: bool = True, text: bool = True
+    parser: argparse.ArgumentParser, revision: bool = True, text: bool = True, length: int = LENGTH
 ) -> argparse.ArgumentParser:
     parser.add_argument("model", metavar="MODEL", help="a short name (`quantbench models`), a folder, a .gguf file, or "
                         "a name of the hub")  # fmt: skip
@@ -238,7 +242,7 @@ def _about_a_model(
     if text:
         parser.add_argument("--text", nargs="+", metavar="PATH", help="text files, or sets of `quantbench data` "
                             f"(default: {TEXT})")  # fmt: skip
-    parser.add_argument("--length", type=_length, default=LENGTH, metavar="N", help=f"tokens a window ({LENGTH})")
+    parser.add_argument("--length", type=_length, default=length, metavar="N", help=f"tokens a window ({length})")
     parser.add_argument("--dtype", choices=DTYPES, default=DTYPES[0], help=f"the model computes in ({DTYPES[0]})")
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout, and nothing else there")
     parser.add_argument("--figures", metavar="DIR", help="put the pictures there (SVG)")

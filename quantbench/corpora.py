@@ -30,7 +30,7 @@ from quantbench.wheels import Say, Wheel
 
 VERSION = 1  # bumped by hand when other documents come out of the same files
 SHORTEST = 500  # characters of an article
-PIECE = 20_000  # characters of a module, from its middle: licences stand at the top, tests at the end
+PIECE = 20_000  # characters of a module, from its middle on: its top is a licence and prose
 FOREIGN = ("site-packages", "test", "tests", "idlelib", "lib2to3", "turtledemo", "__pycache__", "dist-packages")
 
 ENWIKI = "gensim/test/test_data/enwiki-latest-pages-articles1.xml-p000000010p000030302-shortened.bz2"
@@ -139,7 +139,8 @@ _NOT_PROSE = re.compile(r"^(file|image|category|[a-z]{2,3}(-[a-z]+)*|simple):", 
 _DROPPED = {"ref", "table", "gallery", "math", "timeline", "imagemap", "source", "code", "score", "noinclude"}
 _MARKUP = re.compile(r"\{\{|\}\}|\[\[|\]\]|<ref|\|\||\bthumb\b")
 _LAST_SECTIONS = re.compile(
-    r"^=+\s*(see also|references|notes|further reading|external links|bibliography|sources|footnotes|citations)\s*=+\s*$",
+    r"^=+\s*(see also|references|notes|further reading|external links|bibliography|sources|footnotes|citations)"
+    r"\s*=+\s*$",
     re.IGNORECASE | re.MULTILINE,
 )
 
@@ -221,10 +222,8 @@ def _modules() -> tuple[str, ...]:
         except (OSError, UnicodeDecodeError) as error:
             print(f"quantbench: {path.name} left out: {error}", file=sys.stderr)
             continue
-        start = max(0, (len(text) - PIECE) // 2)
-        piece = text[start : start + PIECE]
-        if start:
-            piece = piece.partition("\n")[2]
+        middle = len(text) // 2
+        piece = text[middle : middle + PIECE].partition("\n")[2]
         if len(piece) >= SHORTEST:
             found.append(piece)
     return tuple(found)

