@@ -90,7 +90,7 @@ def test_a_bad_recipe_is_one_line_with_its_place(project: Path, text: str, messa
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ("steps: 20", "steps: 0", "'steps' must be a whole number from 1"),
+        ("steps: 20", "steps: 0", "missing key 'steps': it is above 0 unless"),
         ("lr: 4e-3", "lr: .nan", "'lr' must be finite"),
         ("bnb-nf4", "bnb-nf5", "quantizers has no 'bnb-nf5'; did you mean 'bnb-nf4'?"),
         ("width: 64", "width: 65", "'width' must be a multiple of 64"),

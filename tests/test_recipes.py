@@ -303,7 +303,7 @@ TRACKS: list[tuple[int, str, str, str]] = [
     (6, "steps: null", "6:8", "not 'null'"),
     (6, "steps: [2000]", "6:8", "not a list"),
     (6, "steps: {a: 1}", "6:8", "not a mapping"),
-    (6, "steps: 0", "6:8", "from 0 to 100000000, not '0'"),
+    (6, "steps: 0", "6:1", "missing key 'steps': it is above 0 unless"),
     (6, "steps: -1", "6:8", "from 0 to 100000000, not '-1'"),
     (6, "steps: 100000001", "6:8", "from 0 to 100000000"),
     (6, "steps: " + "9" * 30, "6:8", "from 0 to 100000000"),
