@@ -78,7 +78,9 @@ def probe(reference: Reference, tell: Callable[[int, int, str], None] = lambda *
     """{untouched: {figure: [mean, low, high]}, interventions: {name: {figure: [mean, low, high] of its change}}}."""
     model, data = reference.model, reference.data
     if isinstance(model, Prefixed):
-        raise ValueError("probe: this recipe's BOS stands in a cache, where nothing can be taken from it: choose another")
+        raise ValueError(
+            "probe: this recipe's BOS stands in a cache, where nothing can be taken from it: choose another"
+        )
     parts = anatomy(model)
     ids = reference.ids_NT
     before = look(model, ids, data, parts)

@@ -170,7 +170,6 @@ _head: dict[str, Any] = {
 }
 
 
-
 def _watched(value: Any, where: str) -> None:
     """Of a track that is watched: {figure: a value a layer}, and the task's own figures; see watch.py."""
     mapping(value, where)

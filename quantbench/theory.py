@@ -18,7 +18,7 @@ What gradient flow dy/dt = -dL/dy, ds/dt = -dL/ds does to it:
   (e^y / (e^y + W))^2 sum_v pi_v (diag p_v - p_v p_v^T);
 - *the norm*: a gradient that dies out exponentially in the norm m of a residual state, L(m) = e^-m, moves SGD hardly at
   all. Adam divides by the root of a mean that forgets by beta2 a step: the gradient cannot die out faster than that
-  root, or the step would not be small. So -dm/dt -> (1/2) log beta2 a step, *linear growth at a speed that the
+  root, or the step would not be small. So dm/dt -> -(1/2) log beta2 a step, *linear growth at a speed that the
   learning rate does not enter*, until the gradient meets Adam's eps. The authors' surrogate is not in their code; it
   has 27.9, 41.6 and 64.0 after 1, 5 and 10 thousand steps from 10 at lr .3, SGD 10.01.
 
@@ -217,7 +217,7 @@ def _runge_kutta(change: Callable[[float, float], float], x: float, start: float
     return x
 
 
-# --- the norm ----------------------------------------------------------------------------------------------------------
+# --- the norm --------------------------------------------------------------------------------------------------------
 
 
 def norm(optimizer: str, steps: list[int], lr: float = LR, eps: float = 0.0) -> list[float]:
