@@ -152,6 +152,7 @@ def dynamics(records: list[Record]) -> bytes | None:
             if drawn:
                 axes.set_yscale(scale)
                 _training_steps(axes, runs)
+                axes.set_xlim(left=0)
                 if scale == "log":
                     _plain_ticks(axes.yaxis)
         for axes in grid.flat[len(wanted) :]:
