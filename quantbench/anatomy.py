@@ -217,14 +217,15 @@ def _ours(model: Any) -> Anatomy:
         "attention_norm": ["attention.qkv", *(f"attention.output.{name}" for name in gates)],
         "mlp_norm": ["mlp.up"],
     }
-    parts = {"attention": attentive, "mlp": [n for n in range(len(blocks)) if model.config.has("mlp", n)]}
+    parts = {"attention": list(attentive), "mlp": [n for n in range(len(blocks)) if model.config.has("mlp", n)]}
 
     def had(path: str) -> list[int]:
         """The blocks that have what is at a path."""
         return [*parts.get(path.partition(".")[0].partition("_")[0], range(len(blocks)))]
 
     # What joins after an attention is the block's output, where no MLP follows.
-    found = _places(blocks, places, lambda path: parts["mlp"] if path == "attention_join" else had(path))
+    whole = [layer for layer in attentive if layer in parts["mlp"]]
+    found = _places(blocks, places, lambda path: whole if path == "attention_join" else had(path))
     stream = _stream(blocks, tables, reads, model.norm, ["attention.out"], "mlp.down", had)
     room = None if model.places is None else model.config.max_position_embeddings
     front = model.registers

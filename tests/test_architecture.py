@@ -24,15 +24,16 @@ LAYERS = [
     ["cli_models"],
     ["face"],
     ["tune"],
-    ["sweep", "sites"],
+    ["sweep", "sites", "probe"],
     ["bench", "leaderboard"],
-    ["gallery"],
+    ["gallery", "claims"],
     ["portrait", "dormant", "ablation", "dynamics"],
     ["figures"],
-    ["relation", "stats", "grid"],
+    ["relation", "stats", "grid", "theory"],
     ["harness"],
     ["results", "pretrain", "evaluate", "packed"],
     ["recipe"],
+    ["watch"],
     ["model", "trace", "interface"],
     ["catalog"],
     ["tasks", "mitigations", "quantizers", "metrics"],
@@ -149,7 +150,7 @@ def test_a_library_has_one_home(library: str, where: set[str]) -> None:
 
 
 def test_the_light_modules_load_nothing_heavy() -> None:
-    names = "cli, catalog, strict, recipe, store, results, leaderboard, relation, stats, figures, bench"
+    names = "cli, catalog, strict, recipe, store, results, leaderboard, relation, stats, figures, bench, claims, theory"
     code = f"from quantbench import {names}; import sys; print(*sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     heavy = {"torch", "numpy", "scipy", "transformers", "matplotlib", "tokenizers", "lm_eval", "bitsandbytes", "rich"}
@@ -277,6 +278,8 @@ def test_the_verbs_and_their_flags_are_those_that_people_know() -> None:
     known = {
         "bench": ["--accept", "--alone", "--dry-run", "--jobs", "--results", "--seeds", "--set", "--track"],
         "sites": ["--accept", "--jobs", "--json", "--quantizer", "--results", "--seeds", "--track"],
+        "probe": ["--accept", "--jobs", "--json", "--results", "--seeds", "--track"],
+        "claims": ["--json", "--results", "--track"],
         "export": ["--quantizer", "--seed", "--to", "--track"],
         "tune": ["--jobs", "--results", "--track"],
         "list": ["--json"],
