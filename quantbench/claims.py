@@ -317,7 +317,7 @@ def _delta_logits(run: Record) -> list[tuple[float, float]]:
 
 
 def _line(points: list[tuple[float, float]]) -> tuple[float, float] | None:
-    """(slope, R2) by least squares; None below three points."""
+    """(slope, R2) by least squares, R2 NaN where all y are one; None below three points."""
     if len(points) < 3:
         return None
     n = len(points)
@@ -325,7 +325,7 @@ def _line(points: list[tuple[float, float]]) -> tuple[float, float] | None:
     xx = math.fsum((x - mean_x) ** 2 for x, _ in points)
     xy = math.fsum((x - mean_x) * (y - mean_y) for x, y in points)
     yy = math.fsum((y - mean_y) ** 2 for _, y in points)
-    return (xy / xx, xy**2 / (xx * yy)) if xx > 0 and yy > 0 else None
+    return None if xx == 0 else (xy / xx, xy**2 / (xx * yy) if yy > 0 else math.nan)
 
 
 def peak_at_equal_loss(run: Record, base: Record) -> float | None:
@@ -405,7 +405,8 @@ def peak_that_goes(intervention: str) -> Figure:
 
     def peak(record: Record, name: str | None) -> float:
         medians = _by_layer(record, name, "residual-median")
-        return max((x / medians[at] for at, x in _by_layer(record, name, "residual-bos").items()), default=0.0)
+        norms = _by_layer(record, name, "residual-bos")
+        return max((x / medians[at] for at, x in norms.items() if medians.get(at)), default=0.0)
 
     def figure(record: Record) -> float | None:
         before, after = peak(record, None), peak(record, intervention)

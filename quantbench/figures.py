@@ -137,9 +137,10 @@ def dynamics(records: list[Record]) -> bytes | None:
         for axes, (title, unit, scale, names) in zip(grid.flat, wanted, strict=False):
             axes.set_title(title, loc="left", fontweight="bold")
             axes.set_ylabel(unit)
-            drawn = False
+            axes.set_yscale(scale)
+            courses = []
             for recipe, layer in sinks.items():
-                for (name, at), line in zip(names, ("-", "--"), strict=False):
+                for (name, at), dashes in zip(names, ("-", "--"), strict=False):
                     points = [
                         (entry["step"], _watched(entry["watched"], name, layer if at is None else at))
                         for run in by_recipe[recipe]
@@ -147,12 +148,13 @@ def dynamics(records: list[Record]) -> bytes | None:
                         if "watched" in entry
                     ]
                     if course := _means(points, scale == "log"):
-                        axes.plot(*zip(*course, strict=True), line, color=styles[recipe][0], linewidth=1.1)
-                        drawn = True
-            if drawn:
-                axes.set_yscale(scale)
+                        courses.append((course, dashes, styles[recipe][0]))
+            if courses:
+                _limit(axes, [y for course, _, _ in courses for _, y in course], scale)
+                for course, dashes, colour in courses:
+                    axes.plot(*zip(*course, strict=True), dashes, color=colour, linewidth=1.1)
                 _training_steps(axes, runs)
-                axes.set_xlim(left=0)
+                axes.set_xlim(0, max(1, *(entry["step"] for r in runs for entry in r["training"]["timeline"])))
                 if scale == "log":
                     _plain_ticks(axes.yaxis)
         for axes in grid.flat[len(wanted) :]:
@@ -162,6 +164,17 @@ def dynamics(records: list[Record]) -> bytes | None:
         top = figure.get_figheight()
         figure.subplots_adjust(0.06, 0.65 / top, 0.99, 1 - 0.3 / top, 0.32, 0.5)
         return _svg(figure)
+
+
+def _limit(axes: Axes, values: list[float], scale: str) -> None:
+    """Room for the values, also where all of them are one."""
+    low, high = min(values), max(values)
+    if scale == "log":
+        room = max(1.05, (high / low) ** 0.05)
+        axes.set_ylim(low / room, high * room)
+    else:
+        room = max(1e-3, 0.05 * (high - low))
+        axes.set_ylim(low - room, high + room)
 
 
 RISKS = {"excess-risk-trigger": "excess risk, triggers", "excess-risk-bigram": "excess risk, others"}
