@@ -3,7 +3,7 @@
 A row has a figure, measured once a seed, and a rule that was written before the runs: the claim *holds* where the whole
 95% interval over seeds obeys it, *fails* where none of the interval does, and is *not decided at this size* otherwise.
 A single seed has no interval; its verdict is that of its figure, and says so. Figures come from the records: the
-metrics of the full-precision model, the watched timeline (a track with `watch: true`), and the interventions of
+metrics of the full-precision model, the watched timeline (a track with `watched: true`), and the interventions of
 `quantbench probe`. What nobody has run is no row.
 
     sink        attention to BOS at queries that are no triggers, mean over heads, of the layer where it is largest
@@ -566,7 +566,7 @@ def examine(results_root: Path, track: str | None = None) -> dict[str, list[Row]
     if track is not None and not found:
         raise ValueError(
             f"{results_root} has no records of track {track} that answer a claim: run `quantbench bench baseline sgd "
-            f"relu-attn --track {track}` on a track with `watch: true`, or `quantbench probe baseline --track {track}`"
+            f"relu-attn --track {track}` on a track with `watched: true`, or `quantbench probe baseline --track {track}`"
         )
     return found
 

@@ -74,7 +74,7 @@ def pretrain(
     held_out_BT = _tensor(held_out_NT, device)[:, :-1]
 
     def log(step: int) -> None:
-        watched = partial(timeline, model, held_out_NT, data) if track.watch else None
+        watched = partial(timeline, model, held_out_NT, data) if track.watched else None
         state.log(step, held_out_BT, watched)
 
     reason = None

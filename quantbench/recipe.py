@@ -119,7 +119,7 @@ class Track:
     extra_seeds: tuple[Annotated[int, Range(0, 2**31 - 1)], ...] = ()  # that a row may have beyond what is due
     evaluate: Evaluate = field(default_factory=Evaluate)
     timeline: Annotated[int, Range(0, 1000)] = 12  # how many log-spaced steps the three signatures are logged at
-    watch: Annotated[bool, Added()] = False  # whether the timeline also has every layer's figures and the task's own
+    watched: Annotated[bool, Added()] = False  # whether the timeline also has every layer's figures and the task's own
     checkpoint: Annotated[int, Range(1, 100_000_000)] = 500  # steps between checkpoints
 
     def __post_init__(self) -> None:
@@ -163,7 +163,7 @@ class Track:
 
 
 PRETRAINING = ("steps", "lr", "model", "batch", "weight-decay", "betas", "clip", "warmup", "decay", "precision",
-               "timeline", "watch", "checkpoint")  # fmt: skip
+               "timeline", "watched", "checkpoint")  # fmt: skip
 
 
 def plain(track: Track) -> dict[str, Any]:

@@ -136,9 +136,9 @@ def test_structures_that_are_none_are_refused(sublayers: tuple[str, ...], messag
 def test_what_came_later_is_in_no_digest_of_what_was_there() -> None:
     held = track()
     assert "sublayers" not in dump(held.model)
-    assert "watch" not in dump(held)
+    assert "watched" not in dump(held)
     assert "start" not in dump(held)["task"]["bigram-backcopy"]
-    assert "watch" in dump(track(watch=True))
+    assert "watched" in dump(track(watched=True))
 
 
 PUBLISHED = {"batch": 512, "length": 256, "steps": 10_000, "clip": 0.0, "warmup": 0, "decay": 0.0, "lr": 3e-4,
@@ -181,7 +181,7 @@ def test_two_steps_of_a_track_learn(name: str, tmp_path: Path) -> None:
 
 
 def test_watching_changes_nothing_but_the_timeline(tmp_path: Path) -> None:
-    plain, watched = (train({}, track(watch=watch), tmp_path / str(watch)) for watch in (False, True))
+    plain, watched = (train({}, track(watched=watch), tmp_path / str(watch)) for watch in (False, True))
     assert plain.losses == watched.losses
     for one, other in zip(plain.timeline, watched.timeline, strict=True):
         assert one == {key: value for key, value in other.items() if key != "watched"}
@@ -236,6 +236,6 @@ def test_the_digest_tells_beginnings_apart_and_keeps_that_of_bos() -> None:
 
 @pytest.mark.parametrize("start", ["none", "two", "delimiter"])
 def test_a_model_trains_on_every_beginning(start: str, tmp_path: Path) -> None:
-    done = train({}, track(task=BigramBackcopy(start=start), watch=True), tmp_path, data=starting(start))  # type: ignore[arg-type]
+    done = train({}, track(task=BigramBackcopy(start=start), watched=True), tmp_path, data=starting(start))  # type: ignore[arg-type]
     assert done.losses[-1] < done.losses[0]
     assert done.timeline[-1]["watched"]["task"]["excess-risk-trigger"] > 0
