@@ -565,8 +565,8 @@ def examine(results_root: Path, track: str | None = None) -> dict[str, list[Row]
     found = {name: some for name, some in found.items() if some}
     if track is not None and not found:
         raise ValueError(
-            f"{results_root} has no records of track {track} that answer a claim: run `quantbench bench baseline sgd "
-            f"relu-attn --track {track}` on a track with `watched: true`, or `quantbench probe baseline --track {track}`"
+            f"{results_root} has no records of track {track} that answer a claim: run `quantbench bench baseline sgd relu-attn "
+            f"--track {track}` on a track with `watched: true`, or `quantbench probe baseline --track {track}`"
         )
     return found
 
@@ -581,8 +581,8 @@ def _sorted(results_root: Path) -> tuple[dict[str, dict[str, dict[int, Record]]]
     probes: dict[str, dict[str, dict[int, Record]]] = {}
     for record in probed:
         track, recipe, seed = record["track"]["name"], record["recipe"]["name"], record["seed"]
-        run = runs.get(track, {}).get(recipe, {}).get(seed)
-        if run is not None and record["status"] == "finished" and _same(record, run):
+        measured = runs.get(track, {}).get(recipe, {}).get(seed)
+        if measured is not None and record["status"] == "finished" and _same(record, measured):
             probes.setdefault(track, {}).setdefault(recipe, {})[seed] = record
     return runs, probes
 

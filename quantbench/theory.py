@@ -34,13 +34,15 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
     Floats = NDArray[np.float64]
+
+Value = TypeVar("Value", float, "Floats")
 
 SIZE = 8  # V and K
 OTHERS = 7.0  # W
@@ -204,7 +206,7 @@ def drain_rate(y: float, model: Simplified | None = None) -> float:
     return float(np.linalg.eigvalsh(model.curvature(y))[1])
 
 
-def _runge_kutta(change: Callable[[float, float], float], x: float, start: float, end: float, count: int) -> float:
+def _runge_kutta(change: Callable[[float, Value], Value], x: Value, start: float, end: float, count: int) -> Value:
     """x at `end`; a number or an array."""
     h = (end - start) / count
     for index in range(count):
