@@ -565,8 +565,8 @@ def examine(results_root: Path, track: str | None = None) -> dict[str, list[Row]
     found = {name: some for name, some in found.items() if some}
     if track is not None and not found:
         raise ValueError(
-            f"{results_root} has no records of track {track} that answer a claim: run `quantbench bench baseline sgd relu-attn "
-            f"--track {track}` on a track with `watched: true`, or `quantbench probe baseline --track {track}`"
+            f"{results_root} has no records of track {track} that answer a claim: on a track with `watched: true`, run "
+            f"`quantbench bench baseline sgd relu-attn --track {track}` or `quantbench probe baseline --track {track}`"
         )
     return found
 
