@@ -193,8 +193,13 @@ def peak_at_first(run: Record) -> float | None:
 
 def deep_peak(run: Record) -> float | None:
     """Of the trained model, at the worst block behind block 0."""
-    blocks = len(_last(run).get("residual-bos", []))
-    return max(_defined(_peaks(run).get(f"bos.{layer}") for layer in range(1, blocks)), default=None)
+    return max((value for layer, value in _by_block(run).items() if layer > 0), default=None)
+
+
+def _by_block(run: Record) -> dict[int, float]:
+    """Block -> norm of BOS over the median."""
+    named = [(name.removeprefix("bos."), value) for name, value in _peaks(run).items() if name.startswith("bos.")]
+    return {int(layer): value for layer, value in named if value is not None}
 
 
 def excess(run: Record) -> float | None:
@@ -209,8 +214,7 @@ def _sink_layer(run: Record) -> int | None:
 
 
 def _peak_layer(run: Record) -> int:
-    by_layer = {layer: _peaks(run).get(f"bos.{layer}") for layer in range(len(_last(run).get("residual-bos", [])))}
-    known = {layer: value for layer, value in by_layer.items() if value is not None}
+    known = _by_block(run)
     return max(known, key=lambda layer: known[layer], default=0)
 
 
