@@ -551,6 +551,8 @@ CLAIMS = (
           lambda known: known.together("sgd", peak_at_equal_loss), DEEP),
     Claim("relu-equal-loss", "At equal loss ReLU has less of a peak than softmax", "not compared", below(0.9),
           lambda known: known.together("relu-attn", peak_at_equal_loss), DEEP),
+    Claim("low-lr-peak", "Adam at a third of its rate has the peak: it is not the rate", "not compared",
+          above(NO_PEAK), _of("baseline-low-lr", peak), DEEP),
     Claim("logit", "Delta logit grows like log t (R2 of the line)", "9.70, 16.8, 35.7 at 1k, 10k, 100k (1 layer)",
           above(0.9), _of(BASELINE, straightness)),
     Claim("logit-slope", "The slope of that line is above 0 (gradient flow has .5)", "3.1, then 8.2 (1 layer)",
