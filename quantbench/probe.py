@@ -4,12 +4,14 @@
     mlp.l          the MLP of layer l adds nothing
     block.l        neither: what enters the block is what leaves it
     bos.l, bos.l.h all heads of layer l, or head h alone, put all of their weight on BOS, at every query
+    first.l        block l does nothing at BOS alone: there, what enters it is what leaves it
     peak.l         after block l, BOS's residual state is scaled to the median norm of the other tokens of its sequence:
                    the peak alone is gone, its direction stays;  peak.all: after every block
 
-Removing block 0 (arXiv:2410.13835, section 3) takes the peak together with all that the block computes: if sinks and
-drains go, either may have held them. `peak.l` tells the two apart. It needs no other change, since every reader of the
-stream has a norm in front: only how much later sublayers turn BOS's state depends on its size.
+Removing block 0 (arXiv:2410.13835, section 3) takes the peak together with all that the block computes for all tokens:
+if sinks and drains go, either may have held them. `first.0` leaves the other tokens what they have. `peak.l` leaves
+even BOS its direction: every reader of the stream has a norm in front, so that only how much later sublayers turn BOS's
+state depends on its size.
 
 Figures are those of watch.py, for each of the held-out sequences: those of the untouched model as means, those of an
 intervention as what it changes, paired; both with 95% intervals over sequences. Of a figure that is undefined in some
@@ -119,6 +121,8 @@ def interventions(parts: Anatomy, heads_each: int) -> dict[str, list[Hook]]:
             for head in range(heads_each):
                 found[f"bos.{layer}.{head}"] = [(each.weights, _on_bos(front, head))]
     for layer, block in enumerate(parts.blocks):
+        found[f"first.{layer}"] = [(block, _as_it_entered(front))]
+    for layer, block in enumerate(parts.blocks):
         found[f"peak.{layer}"] = [(block, _without_peak(front))]
     found["peak.all"] = [(block, _without_peak(front)) for block in parts.blocks]
     return found
@@ -153,6 +157,18 @@ def _on_bos(front: int, head: int | None) -> Callable[..., Tensor]:
         moved_BHTT[:, chosen, front:] = 0.0
         moved_BHTT[:, chosen, front:, front] = 1.0
         return moved_BHTT
+
+    return hook
+
+
+def _as_it_entered(front: int) -> Callable[..., Any]:
+    """BOS's state as the block was given it."""
+
+    def hook(module: nn.Module, args: Any, output: Any) -> Any:
+        hidden_BTD = output[0] if isinstance(output, tuple) else output
+        kept_BTD = hidden_BTD.clone()
+        kept_BTD[:, front] = args[0][:, front]
+        return (kept_BTD, *output[1:]) if isinstance(output, tuple) else kept_BTD
 
     return hook
 

@@ -98,6 +98,18 @@ def test_the_peak_alone_is_scaled_away(built: Any) -> None:
     assert seen(built, f"peak.{last}")["loss"] == pytest.approx(before["loss"], rel=1e-5)
 
 
+def test_a_block_is_taken_away_at_bos_alone() -> None:
+    built = model(**PAPER)
+    before, after = look(built, IDS, BACKCOPY), seen(built, "first.1")
+    assert after["residual-bos.1"] == pytest.approx(before["residual-bos.0"])
+    for name in ("residual-others.1", "residual-largest.1", "bos-attention.1"):
+        assert after[name] == before[name], name
+    assert after["bos-attention.2"] != before["bos-attention.2"]
+    registers = model({"registers": {}})
+    found = seen(registers, "first.0")
+    assert found["residual-others.0"] == look(registers, IDS, BACKCOPY)["residual-others.0"]
+
+
 def test_what_stands_before_an_intervention_does_not_change() -> None:
     built = model(**PAPER)
     before, after = look(built, IDS, BACKCOPY), seen(built, "block.1")
@@ -110,7 +122,19 @@ def test_what_stands_before_an_intervention_does_not_change() -> None:
 def test_a_model_has_the_interventions_that_it_has_places_for() -> None:
     names = set(interventions(anatomy(model(layers=2, sublayers=["mlp", "block"])), 4))
     assert names == {
-        *("mlp.0", "mlp.1", "attention.1", "block.0", "block.1", "bos.1", "peak.0", "peak.1", "peak.all"),
+        *(
+            "mlp.0",
+            "mlp.1",
+            "attention.1",
+            "block.0",
+            "block.1",
+            "bos.1",
+            "first.0",
+            "first.1",
+            "peak.0",
+            "peak.1",
+            "peak.all",
+        ),
         *(f"bos.1.{head}" for head in range(4)),
     }
     wide = interventions(anatomy(model(layers=5)), 4)  # 20 heads: a layer at a time
@@ -247,7 +271,7 @@ def test_the_command_from_nothing_to_a_table(
     assert code == 0, err
     assert "baseline on tiny" in out
     assert re.search(r"peak\.all +│", out)
-    assert "baseline seed 0: 19 interventions on 16 sequences" in err  # 2 layers of 4 heads, on text
+    assert "baseline seed 0: 21 interventions on 16 sequences" in err  # 2 layers of 4 heads, on text
     (record,) = read_probes(project / "results")
     assert record["versions"]["stages"].keys() == {"pretrain", "probe"}
     assert not any(name.startswith("trigger-attention") for name in record["untouched"])
