@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from test_pretrain import DATA, train
+from test_pretrain import DATA, interrupted, same, train
 from tiny import ROOT, gaussian, ids, model, quantizer, track
 
 from quantbench.anatomy import SITES, anatomy
@@ -188,6 +188,16 @@ def test_watching_changes_nothing_but_the_timeline(tmp_path: Path) -> None:
     first = watched.timeline[0]["watched"]
     assert first["task"].keys() == {"loss", "excess-risk-trigger", "excess-risk-bigram", "risk-bos"}
     assert DATA.triggers == (1, 43, 58)  # space, e, t
+
+
+def test_a_watched_run_that_was_killed_ends_in_the_same_bytes(tmp_path: Path) -> None:
+    held = track(
+        watched=True, timeline=6, model=Shape(layers=2, heads=4, width=64, mlp_width=64, sublayers=("mlp", "block"))
+    )
+    whole = train({}, held, tmp_path / "whole")
+    interrupted({}, held, tmp_path / "killed", after=7)
+    assert same(train({}, held, tmp_path / "killed"), whole)
+    assert [entry["watched"]["bos-attention"][0] for entry in whole.timeline] == [None] * len(whole.timeline)
 
 
 # --- the task ---------------------------------------------------------------------------------------------------------
