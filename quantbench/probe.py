@@ -103,7 +103,7 @@ def probe(reference: Reference, tell: Callable[[int, int, str], None] = lambda *
 
 def interventions(parts: Anatomy, heads_each: int) -> dict[str, list[Hook]]:
     """Every intervention that the model has a place for, as hooks on its modules; layers have so many heads each."""
-    front, last = parts.front, len(parts.blocks)
+    front = parts.front
     heads = dict(parts.attentions)
     downs = {} if parts.stream is None else _by_layer(parts, parts.stream.downs)
     found: dict[str, list[Hook]] = {}
@@ -111,10 +111,8 @@ def interventions(parts: Anatomy, heads_each: int) -> dict[str, list[Hook]]:
         found[f"attention.{layer}"] = [(heads[layer].output, _nothing)]
     for layer, down in downs.items():
         found[f"mlp.{layer}"] = [(down, _nothing)]
-    for layer in range(last):
-        sublayers = [*found.get(f"attention.{layer}", []), *found.get(f"mlp.{layer}", [])]
-        if sublayers and layer in downs | heads:
-            found[f"block.{layer}"] = sublayers
+    for layer, block in enumerate(parts.blocks):
+        found[f"block.{layer}"] = [(block, _idle)]
     for layer, each in heads.items():
         found[f"bos.{layer}"] = [(each.weights, _on_bos(front, None))]
         if heads_each > 1 and heads_each * len(heads) <= FEW_HEADS:
@@ -146,6 +144,10 @@ def replaced(hooks: list[Hook]) -> Iterator[None]:
 
 def _nothing(module: nn.Module, args: Any, output: Tensor) -> Tensor:
     return torch.zeros_like(output)
+
+
+def _idle(block: nn.Module, args: Any, output: Any) -> Any:
+    return (args[0], *output[1:]) if isinstance(output, tuple) else args[0]
 
 
 def _on_bos(front: int, head: int | None) -> Callable[..., Tensor]:
