@@ -390,6 +390,20 @@ def sink_that_goes(intervention: str) -> Figure:
     return figure
 
 
+def logit_that_goes(intervention: str) -> Figure:
+    """1 - delta logit after / before, at that layer: a sink may hold nearly all mass before and after."""
+
+    def figure(record: Record) -> float | None:
+        sinks = _behind(_by_layer(record, None, "bos-attention"), intervention)
+        layer = max(sinks, key=lambda at: sinks[at], default=None)
+        if layer is None or sinks[layer] < SINK / 2:
+            return None
+        before, after = (_after(record, name, f"delta-logit.{layer}") for name in (None, intervention))
+        return None if before is None or after is None or before <= 0 else 1 - after / before
+
+    return figure
+
+
 def drain_that_goes(intervention: str) -> Figure:
     """1 - log drain after / log drain before, at the layer behind that had the deepest; None where none had one."""
 
@@ -503,14 +517,17 @@ CLAIMS = (
           _probed(moving_costs("excess-risk-bigram"))),
     Claim("block-0-peak", "Without block 0 the peak is gone (share that goes)", "excess 106 to .7 (2 blocks + MLP)",
           above(0.5), _probed(peak_that_goes("block.0")), DEEP),
-    Claim("block-0-sink", "Without block 0 the sink is gone (share that goes)", "sink logit 18.9 to 1.9",
-          above(0.5), _probed(sink_that_goes("block.0")),
-          DEEP),
+    Claim("block-0-logit", "Without block 0 the sink's logit is gone (share of delta logit that goes)", "18.9 to 1.9",
+          above(0.5), _probed(logit_that_goes("block.0")), DEEP),
+    Claim("block-0-sink", "Without block 0 the sink is gone (share of its mass that goes)", "not published",
+          above(0.5), _probed(sink_that_goes("block.0")), DEEP),
     Claim("block-0-drain", "Without block 0 the drain is gone (share that goes)", "value norm .73 to 10.6", above(0.5),
           _probed(drain_that_goes("block.0")), DEEP),
     Claim("at-bos-peak", "Without what block 0 does at BOS alone the peak is gone (share that goes)", "not published",
           above(0.5), _probed(peak_that_goes("first.0")), DEEP),
-    Claim("at-bos-sink", "Without what block 0 does at BOS alone the sink is gone (share that goes)", "not published",
+    Claim("at-bos-logit", "Without what block 0 does at BOS alone the sink's logit is gone (share that goes)",
+          "not published", above(0.5), _probed(logit_that_goes("first.0")), DEEP),
+    Claim("at-bos-sink", "Without what block 0 does at BOS alone the sink is gone (share of its mass)", "not published",
           above(0.5), _probed(sink_that_goes("first.0")), DEEP),
     Claim("at-bos-drain", "Without what block 0 does at BOS alone the drain is gone (share that goes)", "not published",
           above(0.5), _probed(drain_that_goes("first.0")), DEEP),

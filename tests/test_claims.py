@@ -66,12 +66,12 @@ def probed(recipe: str = "baseline", seed: int = 0, **after: Any) -> Record:
         k: v for k, v in imagined(recipe, seed).items() if k not in ("cost", "training", "full-precision", "quantized")
     }
     untouched = {
-        "bos-attention.1": 0.8, "value-drain.1": 0.1, "excess-risk-trigger": 0.001, "excess-risk-bigram": 0.01,
+        "bos-attention.1": 0.8, "value-drain.1": 0.1, "delta-logit.1": 10.0, "excess-risk-trigger": 0.001, "excess-risk-bigram": 0.01,
         **{f"residual-bos.{n}": x for n, x in enumerate((40.0, 30.0, 12.0))},
         **{f"residual-median.{n}": 10.0 for n in range(3)},
     }  # fmt: skip
     gone = {"residual-bos.0": -30.0, "residual-bos.1": -20.0, "residual-bos.2": -2.0, "bos-attention.1": -0.6,
-            "value-drain.1": 0.9, **{f"residual-median.{n}": 0.0 for n in range(3)}}  # fmt: skip
+            "value-drain.1": 0.9, "delta-logit.1": -9.0, **{f"residual-median.{n}": 0.0 for n in range(3)}}  # fmt: skip
     changes = {
         "block.0": gone,
         "peak.all": gone | {"bos-attention.1": -0.04, "value-drain.1": 0.0},
@@ -182,6 +182,7 @@ def test_what_goes_with_an_intervention_by_hand() -> None:
     record = probed()
     assert claims.sink_that_goes("block.0")(record) == pytest.approx(0.75)
     assert claims.drain_that_goes("block.0")(record) == pytest.approx(1.0)
+    assert claims.logit_that_goes("block.0")(record) == pytest.approx(0.9)
     assert claims.peak_that_goes("block.0")(record) == pytest.approx(1.0)
     assert claims.sink_that_goes("peak.all")(record) == pytest.approx(0.05)
     assert claims.drain_that_goes("peak.all")(record) == pytest.approx(0.0)
