@@ -66,7 +66,8 @@ def probed(recipe: str = "baseline", seed: int = 0, **after: Any) -> Record:
         k: v for k, v in imagined(recipe, seed).items() if k not in ("cost", "training", "full-precision", "quantized")
     }
     untouched = {
-        "bos-attention.1": 0.8, "value-drain.1": 0.1, "delta-logit.1": 10.0, "excess-risk-trigger": 0.001, "excess-risk-bigram": 0.01,
+        "bos-attention.1": 0.8, "value-drain.1": 0.1, "delta-logit.1": 10.0,
+        "excess-risk-trigger": 0.001, "excess-risk-bigram": 0.01,
         **{f"residual-bos.{n}": x for n, x in enumerate((40.0, 30.0, 12.0))},
         **{f"residual-median.{n}": 10.0 for n in range(3)},
     }  # fmt: skip
