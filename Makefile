@@ -12,7 +12,7 @@ PEERS   := hqq torchao einops termcolor  # what tests compare with, and nothing 
 # In the order of their worth, seed by seed: whoever's time runs out has compared the first of them.
 GPU     := baseline relu-attn sgd gated-attn softmax1 sink-logit softpick muon osp
 
-.PHONY: help setup bench test check format leaderboard perf gpu clean
+.PHONY: help setup bench test check format leaderboard perf gpu paper clean
 .DEFAULT_GOAL := help
 
 help:  ## what there is to make
@@ -54,6 +54,14 @@ gpu: $(SETUP)  ## on a machine with a CUDA device: its tests, benchmarks and the
 	@$(BIN)/python -m pytest -m gpu
 	@$(BIN)/python -m tests.perf
 	@$(BIN)/python -m quantbench bench $(GPU) --track text-gpu --seeds $(SEEDS)
+
+# Three layers before one: the residual peak, on which the paper's claims hang, needs them.
+paper: $(SETUP)  ## where a GPU is: arXiv:2410.13835 at its own size, baseline, SGD and ReLU; run again, it resumes
+	@$(BIN)/python -m quantbench bench baseline sgd relu-attn --track bb-paper-3layer
+	@$(BIN)/python -m quantbench probe baseline sgd relu-attn --track bb-paper-3layer
+	@$(BIN)/python -m quantbench bench baseline sgd relu-attn --track bb-paper-1layer
+	@$(BIN)/python -m quantbench probe baseline sgd relu-attn --track bb-paper-1layer
+	@$(BIN)/python -m quantbench claims
 
 clean:  ## remove .venv and everything that was computed but not committed
 	rm -rf .venv .quantbench build *.egg-info

@@ -10,6 +10,7 @@ the attention, before the MLP, passes no module of theirs: `residual` is there t
 Shapes: B sequences, T tokens, D residual features, H query heads, E features of a head.
 """
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -70,13 +71,20 @@ class Anatomy:
     embedding: nn.Module  # its output is the residual stream before the first block
     blocks: list[nn.Module]  # a block's output (or the first of a tuple) is the residual stream after it
     head: nn.Linear
-    heads: list[Heads]  # one a block; empty where the model has no sites inside its attention
+    heads: list[Heads]  # one a block that has attention; empty where the model has no sites inside its attention
     places: dict[str, dict[str, nn.Module]]  # kind of site -> place -> the module whose output passes there
     stream: Stream | None = None  # None where norms do not stand in front of the sublayers
     front: int = 0  # learned tokens before every sequence: positions of the stream, the last of them before BOS
     room: int | None = None  # how many tokens learned positions are for; None where there are none
     joins: dict[str, list[nn.Module]] = field(default_factory=dict)  # of SUBLAYERS, a block each: its output joins the
     # stream; that, or the first of a tuple
+    attentive: tuple[int, ...] | None = None  # which blocks have attention; None: all
+
+    @property
+    def attentions(self) -> list[tuple[int, Heads]]:
+        """(layer, heads) of every block that shows its attention, in order."""
+        layers = range(len(self.heads)) if self.attentive is None else self.attentive
+        return list(zip(layers, self.heads, strict=True)) if self.heads else []
 
     def sites(self, kind: str) -> dict[str, nn.Module]:
         """The places of one kind of SITES but `inputs`; ValueError where the model does not show it."""
@@ -203,8 +211,9 @@ def anatomy(model: Any) -> Anatomy:
 
 
 def _ours(model: Any) -> Anatomy:
-    blocks = list(model.blocks)
-    heads = [Heads(b.attention.scores, b.attention.probabilities, b.attention.values, b.attention.out) for b in blocks]
+    blocks, attentive = list(model.blocks), tuple(model.config.attentive)
+    attentions = [blocks[layer].attention for layer in attentive]
+    heads = [Heads(a.scores, a.probabilities, a.values, a.out) for a in attentions]
     places = {
         "residual": {"attention.residual": "attention_join", "residual": ""},
         "norms": {"attention.norm": "attention_norm", "mlp.norm": "mlp_norm"},
@@ -212,16 +221,26 @@ def _ours(model: Any) -> Anatomy:
     }
     tables = [model.embed] if model.places is None else [model.embed, model.places]
     width = model.config.width
-    gates = [name for name, m in blocks[0].attention.output.named_modules() if getattr(m, "in_features", 0) == width]
+    gates = [name for name, m in attentions[0].output.named_modules() if getattr(m, "in_features", 0) == width]
     reads = {
         "attention_norm": ["attention.qkv", *(f"attention.output.{name}" for name in gates)],
         "mlp_norm": ["mlp.up"],
     }
-    stream = _stream(blocks, tables, reads, model.norm, ["attention.out"], "mlp.down")
+    parts = {"attention": list(attentive), "mlp": [n for n in range(len(blocks)) if model.config.has("mlp", n)]}
+
+    def had(path: str) -> list[int]:
+        """The blocks that have what is at a path."""
+        return [*parts.get(path.partition(".")[0].partition("_")[0], range(len(blocks)))]
+
+    # What joins after an attention is the block's output, where no MLP follows.
+    whole = [layer for layer in attentive if layer in parts["mlp"]]
+    found = _places(blocks, places, lambda path: whole if path == "attention_join" else had(path))
+    stream = _stream(blocks, tables, reads, model.norm, ["attention.out"], "mlp.down", had)
     room = None if model.places is None else model.config.max_position_embeddings
-    found = _places(blocks, places)
-    joins = _joins(blocks, SUBLAYERS)
-    return Anatomy(model.embed, model.embedded, blocks, model.head, heads, found, stream, model.registers, room, joins)
+    front, joins = model.registers, _joins(blocks, SUBLAYERS)
+    return Anatomy(
+        model.embed, model.embedded, blocks, model.head, heads, found, stream, front, room, joins, attentive
+    )
 
 
 def _theirs(model: Any, kind: str, known: Architecture) -> Anatomy:
@@ -307,17 +326,26 @@ def _conv1d_to_linear(blocks: list[Any]) -> None:
                 block.set_submodule(path, Transposed(module))
 
 
-def _places(blocks: list[nn.Module], kinds: dict[str, dict[str, str]]) -> dict[str, dict[str, nn.Module]]:
+Having = Callable[[str], Sequence[int]]  # a path inside a block -> the blocks that are to have it
+
+
+def _places(
+    blocks: list[nn.Module], kinds: dict[str, dict[str, str]], having: Having | None = None
+) -> dict[str, dict[str, nn.Module]]:
     """kind -> place -> module of every block, from kind -> name -> path inside the block; a place is `layer.name`.
 
     A kind of which a block lacks a module is not shown.
     """
     found: dict[str, dict[str, nn.Module]] = {}
+    modules = [dict(block.named_modules()) for block in blocks]
     for kind, paths in kinds.items():
-        modules = [dict(block.named_modules()) for block in blocks]
-        if all(path in inside for path in paths.values() for inside in modules):
+        due = {path: range(len(blocks)) if having is None else having(path) for path in paths.values()}
+        if all(path in modules[layer] for path, layers in due.items() for layer in layers):
             found[kind] = {
-                f"{layer}.{name}": inside[path] for layer, inside in enumerate(modules) for name, path in paths.items()
+                f"{layer}.{name}": inside[path]
+                for layer, inside in enumerate(modules)
+                for name, path in paths.items()
+                if layer in due[path]
             }
     return found
 
@@ -335,16 +363,24 @@ def _stream(
     last: Any,
     writers: list[str],
     down: str,
+    having: Having | None = None,
 ) -> Stream | None:
     """From paths inside a block: its norms, each with its readers, and its writers. None where a block lacks one."""
     inside: list[dict[str, Any]] = [dict(block.named_modules()) for block in blocks]
     wanted = [*reads, *(path for readers in reads.values() for path in readers), *writers, down]
-    if not all(path in modules for path in wanted for modules in inside):
+    due = {path: range(len(blocks)) if having is None else having(path) for path in wanted}
+    if not all(path in inside[layer] for path, layers in due.items() for layer in layers):
         return None
+    numbered = list(enumerate(inside))
     return Stream(
         tables,
-        [(modules[norm], [modules[path] for path in paths]) for modules in inside for norm, paths in reads.items()],
+        [
+            (modules[norm], [modules[path] for path in paths])
+            for layer, modules in numbered
+            for norm, paths in reads.items()
+            if layer in due[norm]
+        ],
         last,
-        [modules[path] for modules in inside for path in (*writers, down)],
-        [modules[down] for modules in inside],
+        [modules[path] for layer, modules in numbered for path in (*writers, down) if layer in due[path]],
+        [modules[down] for layer, modules in numbered if layer in due[down]],
     )

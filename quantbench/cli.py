@@ -171,6 +171,60 @@ def _print_sites(jobs: "list[Job]", results: Path, arguments: argparse.Namespace
         print_table(leaderboard.sites_table(runs), f"{track}, which site pays under {arguments.quantizer}")
 
 
+def probe(arguments: argparse.Namespace) -> int:
+    """Intervene on trained models: without an attention, an MLP, block 0, or the residual peak alone."""
+    jobs, results, store = _jobs(arguments, arguments.recipe), _results(arguments), _store()
+
+    import os
+
+    from quantbench import probe as probing
+    from quantbench.bench import default_jobs
+    from quantbench.sweep import sweep
+
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    workers = arguments.jobs or default_jobs()
+    outcome = sweep(
+        jobs, store, results, workers, arguments.accept, lambda line: print(line, file=sys.stderr), probing.experiment
+    )
+    _render(results)
+    _print_probes(jobs, results, arguments.json)
+    return outcome.exit_code
+
+
+def _print_probes(jobs: "list[Job]", results: Path, as_json: bool) -> None:
+    """What is known of these jobs by now: a table a recipe, or one JSON object."""
+    import json
+
+    from quantbench import claims
+    from quantbench.results import read_probes
+
+    asked = {(job.recipe_name, job.track_name, job.seed) for job in jobs}
+    mine = [r for r in read_probes(results) if (r["recipe"]["name"], r["track"]["name"], r["seed"]) in asked]
+    if as_json:
+        found = {"track": jobs[0].track_name, "records": mine}
+        print(json.dumps(found, indent=1, sort_keys=True, allow_nan=False, ensure_ascii=False))
+        return
+    for name in dict.fromkeys(job.recipe_name for job in jobs):
+        if runs := [r for r in mine if r["recipe"]["name"] == name and r["status"] == "finished"]:
+            print_table(
+                claims.probe_table(runs), f"{name} on {jobs[0].track_name}: the model, and what each step changes"
+            )
+
+
+def claims_(arguments: argparse.Namespace) -> int:
+    """Hold the source paper's claims against the records: published, measured, verdict."""
+    import json
+
+    from quantbench import claims
+
+    found = claims.examine(_results(arguments), arguments.track)
+    if arguments.json:
+        print(json.dumps(claims.plain(found), indent=1, sort_keys=True, allow_nan=False, ensure_ascii=False))
+    for track, rows in {} if arguments.json else found.items():
+        print_table(claims.table(rows), f"claims of arXiv:2410.13835 on {track}")
+    return 0
+
+
 def export(arguments: argparse.Namespace) -> int:
     """Save a recipe's model, quantized and packed, in a folder; it is trained first where the store lacks it."""
     import os
@@ -402,6 +456,18 @@ def _parser() -> argparse.ArgumentParser:
     pays.add_argument("--results", metavar="DIR", help="where records and tables go (default: results/)")
     pays.add_argument("--accept", action="store_true", help="replace committed records that this run contradicts")
     pays.add_argument("--json", action="store_true", help="one JSON object: the records of these runs")
+    probes = verb("probe", probe)
+    probes.add_argument("recipe", nargs="+", metavar="RECIPE")
+    probes.add_argument("--track", default="bb-3layer")
+    probes.add_argument("--seeds", type=int, metavar="N", help="the first N seeds of the track (default: all)")
+    probes.add_argument("--jobs", type=_count, metavar="N", help="runs at a time (default: one per core)")
+    probes.add_argument("--results", metavar="DIR", help="where records and tables go (default: results/)")
+    probes.add_argument("--accept", action="store_true", help="replace committed records that this run contradicts")
+    probes.add_argument("--json", action="store_true", help="one JSON object: the records of these runs")
+    claimed = verb("claims", claims_)
+    claimed.add_argument("--track", help="of this one alone (default: every track with records that can answer)")
+    claimed.add_argument("--results", metavar="DIR")
+    claimed.add_argument("--json", action="store_true", help="one JSON object: track -> its rows")
     exports = verb("export", export)
     exports.add_argument("recipe", metavar="RECIPE")
     exports.add_argument("--quantizer", required=True, metavar="NAME", help="as `quantbench list` names them")

@@ -107,6 +107,99 @@ def timeline(records: list[Record]) -> bytes | None:
     return _lines(panels, "training step", lambda axes: _training_steps(axes, steps), shown)
 
 
+def dynamics(records: list[Record]) -> bytes | None:
+    """The watched timelines, drawn as arXiv:2410.13835 draws them: a colour per recipe (means over seeds).
+
+    Excess risks; attention to BOS and delta logit at the layer of each recipe's sink, dashed at triggers; value norms
+    there, dashed of the other tokens; residual norms after every block, dashed of the others. None where no timeline
+    is watched.
+    """
+    runs = [r for r in finished(records) if not post_hoc(r) and any("watched" in e for e in r["training"]["timeline"])]
+    if not runs:
+        return None
+    from matplotlib.lines import Line2D
+
+    by_recipe = {n: [r for r in runs if r["recipe"]["name"] == n] for n in _styles(finished(records))}
+    sinks = {name: _sink_layer(mine) for name, mine in by_recipe.items() if mine}
+    layers = max(len(entry["watched"]["residual-bos"]) for r in runs for entry in r["training"]["timeline"][-1:])
+    task = {name for r in runs for name in r["training"]["timeline"][-1]["watched"]["task"]}
+    wanted: list[tuple[str, str, str, list[tuple[str, int | None]]]] = [
+        (title, "nats", "log", [(name, None)]) for name, title in RISKS.items() if name in task
+    ]
+    wanted += [(title, unit, scale, [(name, None) for name in names]) for title, unit, scale, names in WATCHED]
+    for layer in range(layers):
+        pair: list[tuple[str, int | None]] = [("residual-bos", layer), ("residual-others", layer)]
+        wanted.append((f"residual norm after block {layer}", "", "log", pair))
+    columns = 4
+    rows = math.ceil(len(wanted) / columns)
+    styles = _styles(finished(records))
+    with _figure(2.5 * columns, 2.1 * rows + 0.5) as figure:
+        grid = figure.subplots(rows, columns, squeeze=False)
+        for axes, (title, unit, scale, names) in zip(grid.flat, wanted, strict=False):
+            axes.set_title(title, loc="left", fontweight="bold")
+            axes.set_ylabel(unit)
+            axes.set_yscale(scale)
+            courses = []
+            for recipe, layer in sinks.items():
+                for (name, at), dashes in zip(names, ("-", "--"), strict=False):
+                    points = [
+                        (entry["step"], _watched(entry["watched"], name, layer if at is None else at))
+                        for run in by_recipe[recipe]
+                        for entry in run["training"]["timeline"]
+                        if "watched" in entry
+                    ]
+                    if course := _means(points, scale == "log"):
+                        courses.append((course, dashes, styles[recipe][0]))
+            if courses:
+                _limit(axes, [y for course, _, _ in courses for _, y in course], scale)
+                for course, dashes, colour in courses:
+                    axes.plot(*zip(*course, strict=True), dashes, color=colour, linewidth=1.1)
+                _training_steps(axes, runs)
+                axes.set_xlim(0, max(1, *(entry["step"] for r in runs for entry in r["training"]["timeline"])))
+                if scale == "log":
+                    _plain_ticks(axes.yaxis)
+        for axes in grid.flat[len(wanted) :]:
+            axes.set_visible(False)
+        handles = [Line2D([], [], color=styles[name][0]) for name in sinks]
+        figure.legend(handles, list(sinks), loc="lower center", ncols=min(len(sinks), 6), frameon=False)
+        top = figure.get_figheight()
+        figure.subplots_adjust(0.06, 0.65 / top, 0.99, 1 - 0.3 / top, 0.32, 0.5)
+        return _svg(figure)
+
+
+def _limit(axes: Axes, values: list[float], scale: str) -> None:
+    """Room for the values, also where all of them are one."""
+    low, high = min(values), max(values)
+    if scale == "log":
+        room = max(1.05, (high / low) ** 0.05)
+        axes.set_ylim(low / room, high * room)
+    else:
+        room = max(1e-3, 0.05 * (high - low))
+        axes.set_ylim(low - room, high + room)
+
+
+RISKS = {"excess-risk-trigger": "excess risk, triggers", "excess-risk-bigram": "excess risk, others"}
+WATCHED = (
+    ("attention to BOS (-- triggers)", "mass", "linear", ("bos-attention", "trigger-attention")),
+    ("delta logit", "", "linear", ("delta-logit",)),
+    ("value norm of BOS (-- others)", "", "log", ("value-bos", "value-others")),
+)
+
+
+def _sink_layer(runs: list[Record]) -> int:
+    """The layer with the most attention to BOS at the end, over the runs of a recipe."""
+    last = [run["training"]["timeline"][-1]["watched"]["bos-attention"] for run in runs]
+    totals = [math.fsum(each[layer] or 0.0 for each in last) for layer in range(len(last[0]))]
+    return totals.index(max(totals))
+
+
+def _watched(figures: dict[str, Any], name: str, layer: int) -> float | None:
+    if name in figures["task"]:
+        value: float | None = figures["task"][name]
+        return value
+    return figures[name][layer] if name in figures else None
+
+
 def propagation(sites: list[Record], records: list[Record]) -> bytes | None:
     """How each block's error comes about, a line per recipe (mean over seeds), of records of `quantbench sites`.
 

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from quantbench import figures, gallery, grid, relation, stats
+from quantbench import claims, figures, gallery, grid, relation, stats
 from quantbench.results import BASELINE, Record, comparable, digests, rank_by, read_all, read_sites
 from quantbench.store import atomic_write
 
@@ -531,6 +531,7 @@ def render(results_root: Path, readme: Path | None = None) -> dict[Path, bytes]:
     files[results_root / "README.md"] = "\n".join(sections).encode()
     files[results_root / "leaderboard.csv"] = _csv(boards)
     files |= gallery.render(results_root, _markdown, _escape)
+    files |= claims.render(results_root, _markdown, _escape)
     if readme is not None:
         files[readme] = _with_block(readme, results_root, boards)
     return files
@@ -540,6 +541,7 @@ def write(results_root: Path, readme: Path | None = None) -> list[Path]:
     """Renders, writes what changed, removes figures that no longer are; returns the paths that changed."""
     files = render(results_root, readme)
     old = [*results_root.glob("*/relation-*.svg"), *results_root.glob("*/timeline.svg")]
+    old += [*results_root.glob("*/dynamics.svg"), *results_root.glob("claims.md")]
     old += [*results_root.glob("*/map.svg"), *results_root.glob("*/sites-*.svg"), *results_root.glob("models/*/*.svg")]
     gone = [path for path in old if path not in files]
     changed = [path for path, data in files.items() if not path.exists() or path.read_bytes() != data]
@@ -568,6 +570,10 @@ def _pictures(track: Board, related: dict[str, Any]) -> dict[str, tuple[bytes, s
         "timeline.svg": (
             figures.timeline(track.records),
             "Residual peak, attention to BOS and value drain over training steps, a line per recipe",
+        ),
+        "dynamics.svg": (
+            figures.dynamics(track.records),
+            "Risks, attention to BOS, delta logit, values and norms over training steps, a colour per recipe",
         ),
     }
     return {name: (data, what) for name, (data, what) in drawn.items() if data is not None}

@@ -48,6 +48,7 @@ class QuantbenchConfig(PreTrainedConfig):
         norm: str = "rmsnorm",
         positions: str = "rope",
         embedding_std: float = 1.0,
+        sublayers: list[str] | None = None,
         max_position_embeddings: int = 128,
         mitigations: dict[str, dict[str, Any]] | None = None,
         folded: bool = False,
@@ -62,10 +63,20 @@ class QuantbenchConfig(PreTrainedConfig):
         self.norm = norm
         self.positions = positions
         self.embedding_std = embedding_std
+        self.sublayers = list(sublayers or [])  # of each layer: block, attention or mlp; none named: blocks
         self.max_position_embeddings = max_position_embeddings
         self.mitigations = mitigations or {}
         self.folded = folded  # the embedding projection is in the table and the head already
         super().__init__(**{"bos_token_id": 0, "tie_word_embeddings": False, "use_cache": True} | kwargs)
+
+    def has(self, part: str, layer: int) -> bool:
+        """Whether a layer has its `attention`, its `mlp`."""
+        return not self.sublayers or self.sublayers[layer] in ("block", part)
+
+    @property
+    def attentive(self) -> list[int]:
+        """The layers that have attention, in order."""
+        return [layer for layer in range(self.layers) if self.has("attention", layer)]
 
     def mitigation(self) -> Mitigation:
         """The recipe's mitigations as one; KeyError or TypeError where this version does not know them."""
@@ -77,7 +88,8 @@ class Attention(nn.Module):
 
     def __init__(self, config: QuantbenchConfig, mitigation: Mitigation, layer: int) -> None:
         super().__init__()
-        self.layer, self.heads = layer, config.heads
+        self.heads = config.heads
+        self.cached = config.attentive.index(layer)  # a cache counts the layers that fill it
         self.qkv = nn.Linear(config.width, 3 * config.width, bias=False)
         self.out = nn.Linear(config.width, config.width, bias=False)
         self.query_key = mitigation.query_key(config)
@@ -97,7 +109,7 @@ class Attention(nn.Module):
         k, v = self.keys(k), self.values(self.output.source(v))
         own_v = v
         if cache is not None:
-            k, v = cache.update(k, v, self.layer)
+            k, v = cache.update(k, v, self.cached)
         if self.scores.watched or self.probabilities.watched:
             y_BHTE = attend(self.form, q, k, v, visible, self.scores, self.probabilities)
         else:
@@ -107,7 +119,7 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """SwiGLU (arXiv:2002.05202), GELU or ReLU."""
+    """SwiGLU (arXiv:2002.05202), GELU, ReLU, or none of them: linear."""
 
     def __init__(self, config: QuantbenchConfig) -> None:
         super().__init__()
@@ -120,21 +132,30 @@ class MLP(nn.Module):
         if self.kind == "swiglu":
             gate, h = h.chunk(2, -1)
             return self.down(F.silu(gate) * h)
+        if self.kind == "linear":
+            return self.down(h)
         return self.down(F.relu(h) if self.kind == "relu" else F.gelu(h))
 
 
 class Block(nn.Module):
-    """Attention, then MLP, each reading the normalised residual stream and joining it."""
+    """Attention, then MLP, each reading the normalised residual stream and joining it. A layer may lack one of them."""
 
     def __init__(self, config: QuantbenchConfig, mitigation: Mitigation, layer: int) -> None:
         super().__init__()
-        self.attention_norm, self.mlp_norm = mitigation.norm(config), mitigation.norm(config)
-        self.attention, self.mlp = Attention(config, mitigation, layer), MLP(config)
-        self.attention_join, self.mlp_join = mitigation.block(config), mitigation.block(config)
+        with_attention, with_mlp = config.has("attention", layer), config.has("mlp", layer)
+        self.attention_norm: Any = mitigation.norm(config) if with_attention else None
+        self.mlp_norm: Any = mitigation.norm(config) if with_mlp else None
+        self.attention = Attention(config, mitigation, layer) if with_attention else None
+        self.mlp = MLP(config) if with_mlp else None
+        self.attention_join: Any = mitigation.block(config) if with_attention else None
+        self.mlp_join: Any = mitigation.block(config) if with_mlp else None
 
     def forward(self, x_BTD: Tensor, turn: Tensor | None, visible: Tensor | None, cache: Cache | None) -> Tensor:
-        x_BTD = self.attention_join(x_BTD, self.attention(self.attention_norm(x_BTD), turn, visible, cache))
-        return self.mlp_join(x_BTD, self.mlp(self.mlp_norm(x_BTD)))
+        if self.attention is not None:
+            x_BTD = self.attention_join(x_BTD, self.attention(self.attention_norm(x_BTD), turn, visible, cache))
+        if self.mlp is not None:
+            x_BTD = self.mlp_join(x_BTD, self.mlp(self.mlp_norm(x_BTD)))
+        return x_BTD
 
 
 class QuantbenchModel(PreTrainedModel, GenerationMixin):
@@ -291,7 +312,7 @@ def cost(model: QuantbenchModel, length: int) -> dict[str, int]:
     products += sum(m.multiply_adds() for m in model.modules() if hasattr(m, "multiply_adds"))
     tokens = length + model.registers
     head = model.head.weight.numel() * model.registers  # which does not read what stands in front
-    attention = model.config.layers * model.config.width * tokens
+    attention = len(model.config.attentive) * model.config.width * tokens
     flops = 6 * ((products + attention) * tokens - head) // length
     return {"parameters": sum(p.numel() for p in model.parameters()), "flops-per-token": flops}
 

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from quantbench.store import atomic_write
 from quantbench.strict import dump
 from quantbench.tasks import Data
 from quantbench.trace import signatures
+from quantbench.watch import timeline
 
 VERSION = 1  # bumped by hand when the numbers that come out change; part of the cells' keys
 RECENT = 50  # steps over which a loss spike is judged
@@ -43,7 +45,7 @@ class Trained:
 
     model: QuantbenchModel
     losses: list[float]  # training loss of every step, nats a token
-    timeline: list[dict[str, float | int | None]]
+    timeline: list[dict[str, Any]]
     reason: str | None = None
 
 
@@ -68,11 +70,17 @@ def pretrain(
     state = _State(model, optimizer)
     _restore(state, work)
     points = set(timeline_steps(track))
-    held_out_BT = _tensor(data.held_out(TIMELINE_SEQUENCES, track.length), device)[:, :-1]
+    held_out_NT = data.held_out(TIMELINE_SEQUENCES, track.length)
+    held_out_BT = _tensor(held_out_NT, device)[:, :-1]
+
+    def log(step: int) -> None:
+        watched = partial(timeline, model, held_out_NT, data) if track.watched else None
+        state.log(step, held_out_BT, watched)
+
     reason = None
     while (step := len(state.losses)) < track.steps and reason is None:
         if step in points:
-            state.log(step, held_out_BT)
+            log(step)
         for group, peak in zip(optimizer.param_groups, peak_lrs):
             group["lr"] = peak * schedule(step, track)
         ids_BT = _tensor(data.training(seed, step * track.batch, track.batch, track.length), device)
@@ -83,7 +91,7 @@ def pretrain(
         if reason is None and len(state.losses) % track.checkpoint == 0 and len(state.losses) < track.steps:
             _checkpoint(state, work)
     if reason is None and track.steps in points:
-        state.log(track.steps, held_out_BT)
+        log(track.steps)
     return Trained(model.eval(), state.losses, state.timeline, reason)
 
 
@@ -168,12 +176,13 @@ class _State:
 
     def __post_init__(self) -> None:
         self.losses: list[float] = []
-        self.timeline: list[dict[str, float | int | None]] = []
+        self.timeline: list[dict[str, Any]] = []
 
-    def log(self, step: int, ids_BT: Tensor) -> None:
+    def log(self, step: int, ids_BT: Tensor, watched: Callable[[], dict[str, Any]] | None) -> None:
         if not self.timeline or self.timeline[-1]["step"] != step:  # a resumed run may come by it again
             loss = self.losses[-1] if self.losses else None  # of the step before
-            self.timeline.append({"step": step, "loss": loss, **signatures(self.model, [ids_BT])})
+            more = {} if watched is None else {"watched": watched()}
+            self.timeline.append({"step": step, "loss": loss, **signatures(self.model, [ids_BT]), **more})
 
     def save(self) -> bytes:
         tensors = {f"model.{name}": p for name, p in self.model.state_dict().items()}

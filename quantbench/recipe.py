@@ -56,12 +56,20 @@ class Shape:
     heads: Annotated[int, Range(1, 1024)] = 8
     width: Annotated[int, Range(64, 65536)] = 64  # a multiple of 64, so that group-wise 4 bits divide it
     mlp_width: Annotated[int, Range(64, 262144)] = 192
-    mlp: Literal["swiglu", "gelu", "relu"] = "swiglu"
+    mlp: Literal["swiglu", "gelu", "relu", "linear"] = "swiglu"
     norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"
     positions: Literal["rope", "learned"] = "rope"
     embedding_std: Annotated[float, Range(0.0, 100.0)] = 1.0
+    sublayers: Annotated[tuple[Literal["block", "attention", "mlp"], ...], Added()] = ()  # of each layer; (): blocks
 
     def __post_init__(self) -> None:
+        if self.sublayers and len(self.sublayers) != self.layers:
+            given = len(self.sublayers)
+            raise KeyedError(
+                f"'sublayers' must name one for each of the {self.layers} layers, not {given}", "sublayers"
+            )
+        if self.sublayers and set(self.sublayers) == {"mlp"}:
+            raise KeyedError("'sublayers' must leave a layer its attention", "sublayers")
         if self.width % 64:
             raise KeyedError(f"'width' must be a multiple of 64, not {self.width}", "width")
         if self.width % self.heads:
@@ -111,6 +119,7 @@ class Track:
     extra_seeds: tuple[Annotated[int, Range(0, 2**31 - 1)], ...] = ()  # that a row may have beyond what is due
     evaluate: Evaluate = field(default_factory=Evaluate)
     timeline: Annotated[int, Range(0, 1000)] = 12  # how many log-spaced steps the three signatures are logged at
+    watched: Annotated[bool, Added()] = False  # whether the timeline also has every layer's figures and the task's own
     checkpoint: Annotated[int, Range(1, 100_000_000)] = 500  # steps between checkpoints
 
     def __post_init__(self) -> None:
@@ -154,7 +163,7 @@ class Track:
 
 
 PRETRAINING = ("steps", "lr", "model", "batch", "weight-decay", "betas", "clip", "warmup", "decay", "precision",
-               "timeline", "checkpoint")  # fmt: skip
+               "timeline", "watched", "checkpoint")  # fmt: skip
 
 
 def plain(track: Track) -> dict[str, Any]:

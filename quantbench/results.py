@@ -3,6 +3,7 @@
     results/<track>/<recipe>/seed-<n>.json       the record: same inputs, same environment class -> same bytes
     results/<track>/<recipe>/seed-<n>.run.json   commit, date, timings of the run that wrote it; never compared
     results/<track>/<recipe>/sites-<quantizer>-seed-<n>.json (+ .run.json)   what each site pays, likewise
+    results/<track>/<recipe>/probe-seed-<n>.json (+ .run.json)   what interventions do to the trained model, likewise
 
 What is undefined is null, never NaN; losses are nats per token, damage and KL likewise, SQNR is in dB.
 The schema is the table of checks below. A file that breaks it is an integrity error (`ResultsError`): it names
@@ -25,7 +26,7 @@ T = TypeVar("T", str, tuple[str, str])
 
 SCHEMA = 1
 BASELINE = "baseline"
-PATH = re.compile(r"(sites-.+-)?seed-(0|[1-9][0-9]{0,8})\.json")
+PATH = re.compile(r"(sites-.+-|probe-)?seed-(0|[1-9][0-9]{0,8})\.json")
 LARGEST = 1 << 26  # bytes; a record is some tens of kilobytes
 
 
@@ -168,6 +169,14 @@ _head: dict[str, Any] = {
     ),
 }
 
+
+def _watched(value: Any, where: str) -> None:
+    """Of a track that is watched: {figure: a value a layer}, and the task's own figures; see watch.py."""
+    mapping(value, where)
+    _each(_list(_figure))({name: each for name, each in value.items() if name != "task"}, where)
+    _each(_figure)(value.get("task"), f"{where}.task")
+
+
 _shape = _object(
     **_head,
     cost=_object(parameters=integer, added_parameters=integer, flops_per_token=integer),
@@ -175,7 +184,15 @@ _shape = _object(
         losses=_list(_point),
         final_loss=_figure,
         timeline=_list(
-            _object(step=integer, residual_peak=_figure, bos_attention=_figure, value_drain=_figure, loss=_figure)
+            _object(
+                since=("watched",),
+                step=integer,
+                residual_peak=_figure,
+                bos_attention=_figure,
+                value_drain=_figure,
+                loss=_figure,
+                watched=_watched,
+            )
         ),
     ),
     full_precision=_or_null(
@@ -207,6 +224,14 @@ _estimated = _object(damage=_or_null(_interval), kl=_or_null(_interval))
 _paid: dict[str, Any] = {"alone": _estimated, "spared": _estimated}
 _propagated = _list(_object(total=_figure, accumulated=_figure, local=_figure, interaction=_figure))
 
+# What `quantbench probe` writes: a trained model, as it is and after each intervention, in the terms of probe.py.
+_probe = _object(
+    **_head,
+    sequences=integer,
+    untouched=_or_null(_each(_or_null(_interval))),
+    interventions=_each(_each(_or_null(_interval))),
+)
+
 # What `quantbench sites` writes: what each place pays for being rounded, in the terms of sites.py.
 _sites = _object(
     **_head,
@@ -225,8 +250,8 @@ def validate(record: Any, where: str = "record") -> None:
     mapping(record, where)
     if record.get("schema") != SCHEMA:
         raise ResultsError(f"{where}: schema {_short(record.get('schema'))} is unknown (this version reads {SCHEMA})")
-    of_sites = "quantizer" in record
-    (_sites if of_sites else _shape)(record, where)
+    of_sites, of_probe = "quantizer" in record, "interventions" in record
+    (_sites if of_sites else _probe if of_probe else _shape)(record, where)
     status = record["status"]
     if status not in ("finished", "diverged"):
         raise ResultsError(f"{where}.status: finished or diverged is needed, not {_short(status)}")
@@ -240,6 +265,9 @@ def validate(record: Any, where: str = "record") -> None:
                 raise ResultsError(f"{where}.{name}: a finished run has it")
         if record["kinds"].keys() != record["places"].keys():
             raise ResultsError(f"{where}.places: its kinds of site are not those of {where}.kinds")
+    elif status == "finished" and of_probe:
+        if record["untouched"] is None or not record["interventions"]:
+            raise ResultsError(f"{where}.untouched: a finished run has it, and interventions")
     elif status == "finished":
         full = record["full-precision"]
         if full is None or full["loss"] is None:
@@ -277,6 +305,8 @@ def path_of(root: Path, record: Record) -> Path:
     name = f"seed-{record['seed']}.json"
     if "quantizer" in record:
         name = f"sites-{check_name(record['quantizer']['name'], 'quantizer')}-{name}"
+    if "interventions" in record:
+        name = f"probe-{name}"
     return root / track / recipe / name
 
 
@@ -305,6 +335,11 @@ def read_all(root: Path) -> list[Record]:
 def read_sites(root: Path) -> list[Record]:
     """What `quantbench sites` wrote below the results folder; as `read_all`."""
     return sorted(_read_below(root, "sites-*.json"), key=lambda r: str(r["quantizer"]["name"]))
+
+
+def read_probes(root: Path) -> list[Record]:
+    """What `quantbench probe` wrote below the results folder; as `read_all`."""
+    return _read_below(root, "probe-*.json")
 
 
 def _read_below(root: Path, pattern: str) -> list[Record]:
@@ -342,7 +377,7 @@ def write(
 
 def _inputs(record: Record) -> list[Any]:
     """What decides a record's numbers."""
-    measured = [record.get("quantizer"), record.get("sequences")]  # of `quantbench sites`
+    measured = [record.get("quantizer"), record.get("sequences")]  # of `quantbench sites` and `probe`
     return [record["recipe"]["digest"], *digests(record), record["versions"], record["environment"], *measured]
 
 

@@ -116,6 +116,8 @@ def _headline(record: Record) -> str:
     """One line of a finished record."""
     if record["status"] == "diverged":
         return f"diverged: {record['reason']}"
+    if "interventions" in record:  # of `quantbench probe`
+        return f"{len(record['interventions'])} interventions on {record['sequences']} sequences"
     if "quantizer" in record:  # of `quantbench sites`
         whole = record["all"]["kl"]
         return f"KL under {record['quantizer']['name']} {'overflowed' if whole is None else f'{whole[0]:.4g} nats'}"

@@ -9,7 +9,7 @@ Shapes: L layers (blocks), B sequences, T tokens, D residual features, H query h
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -32,7 +32,17 @@ def measure(
     """
     metrics: dict[str, Metric] = {name: load("metrics", name)() for name in names}
     observe(model, batches, list(metrics.values()), parts)
-    return {name: metric.result() for name, metric in metrics.items()}
+    parts = anatomy(model) if parts is None else parts
+    return {name: _at_layers(metric, parts) for name, metric in metrics.items()}
+
+
+def _at_layers(metric: Metric, parts: Anatomy) -> Reading:
+    """Its reading, in which figures of the attention stand at their layers: None at those that have none."""
+    reading = metric.result()
+    if _inside([metric]) and reading.per_layer and len(parts.attentions) < len(parts.blocks):
+        figures = dict(zip((layer for layer, _ in parts.attentions), reading.per_layer, strict=True))
+        reading = replace(reading, per_layer=[figures.get(layer) for layer in range(len(parts.blocks))])
+    return reading
 
 
 def observe(
@@ -141,7 +151,7 @@ def _wires(parts: Anatomy, metrics: Sequence[Metric]) -> list[tuple[nn.Module, W
     if seers := watching("residual"):
         for layer, block in enumerate(parts.blocks):
             wires.append((block, _to_all([m.residual for m in seers], layer), False))
-    for layer, heads in enumerate(parts.heads):
+    for layer, heads in parts.attentions:
         if seers := watching("attention"):
             wires += _attention_wires(heads, [m.attention for m in seers], layer)
         if seers := watching("values"):

@@ -24,16 +24,17 @@ LAYERS = [
     ["cli_models"],
     ["face"],
     ["tune"],
-    ["sweep", "sites"],
+    ["sweep", "sites", "probe"],
     ["bench", "leaderboard"],
-    ["gallery"],
+    ["gallery", "claims"],
     ["portrait", "dormant", "ablation", "dynamics"],
     ["watchers", "interventions"],
     ["figures"],
-    ["relation", "stats", "grid", "numerals"],
+    ["relation", "stats", "grid", "numerals", "theory"],
     ["harness"],
     ["results", "pretrain", "evaluate", "packed"],
     ["recipe"],
+    ["watch"],
     ["model", "trace", "interface"],
     ["catalog"],
     ["tasks", "mitigations", "quantizers", "metrics"],
@@ -150,7 +151,7 @@ def test_a_library_has_one_home(library: str, where: set[str]) -> None:
 
 
 def test_the_light_modules_load_nothing_heavy() -> None:
-    names = "cli, catalog, strict, recipe, store, results, leaderboard, relation, stats, figures, bench"
+    names = "cli, catalog, strict, recipe, store, results, leaderboard, relation, stats, figures, bench, claims, theory"
     code = f"from quantbench import {names}; import sys; print(*sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     heavy = {"torch", "numpy", "scipy", "transformers", "matplotlib", "tokenizers", "lm_eval", "bitsandbytes", "rich"}
@@ -278,6 +279,8 @@ def test_the_verbs_and_their_flags_are_those_that_people_know() -> None:
     known = {
         "bench": ["--accept", "--alone", "--dry-run", "--jobs", "--results", "--seeds", "--set", "--track"],
         "sites": ["--accept", "--jobs", "--json", "--quantizer", "--results", "--seeds", "--track"],
+        "probe": ["--accept", "--jobs", "--json", "--results", "--seeds", "--track"],
+        "claims": ["--json", "--results", "--track"],
         "export": ["--quantizer", "--seed", "--to", "--track"],
         "tune": ["--jobs", "--results", "--track"],
         "list": ["--json"],

@@ -354,7 +354,7 @@ TRACKS: list[tuple[int, str, str, str]] = [
         8,
         "model: {mlp: swigl}",
         "8:14",
-        "'model.mlp' must be one of swiglu, gelu, relu, not 'swigl'; did you mean 'swiglu'?",
+        "'model.mlp' must be one of swiglu, gelu, relu, linear, not 'swigl'; did you mean 'swiglu'?",
     ),
     (8, "model: {norm: rms}", "8:15", "'model.norm'"),
     (8, "model: {positions: alibi}", "8:20", "'model.positions'"),

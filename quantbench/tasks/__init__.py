@@ -40,6 +40,7 @@ class Data(ABC):
     vocab: int  # ids are 0..vocab-1, special tokens included
     bos: int
     digest: str  # sha256 (hex) of everything that decides which ids come out
+    triggers: tuple[int, ...] = ()  # ids at which a head is needed, where the task says which: elsewhere it may rest
     tokenizer_file: Path | None = None  # a `tokenizers` JSON file, where the task is text
 
     @abstractmethod

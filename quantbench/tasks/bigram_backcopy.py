@@ -6,7 +6,8 @@ Characters follow the statistics of Tiny Shakespeare, save after a trigger, one 
 
 A head that looks two back is of use at triggers alone, and dormant elsewhere. pi and P are the counts in
 bigram-counts.json, normalised and not smoothed. Ids are the 65 characters in code-point order, then BOS, then a
-delimiter that is never emitted.
+delimiter that is never emitted. `start` asks what BOS is needed for: sequences without it, with two, or with the
+delimiter in its place.
 
 The oracle knows the rule: its risk is 0 at triggers, -log P(x, y) at other characters. Excess risk is the
 cross-entropy minus the oracle's. BOS is scored apart.
@@ -16,12 +17,12 @@ import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from quantbench.strict import Range
+from quantbench.strict import Added, Range
 from quantbench.tasks import Data, Ids, Task, random_bits
 
 VERSION = 1  # bumped by hand when other ids come out of the same counts
@@ -36,36 +37,48 @@ class BigramBackcopy(Task):
     """Next-character prediction where triggers copy."""
 
     triggers: Annotated[int, Range(1, 32)] = 3  # k; 3: space, e, t
+    start: Annotated[Literal["bos", "none", "two", "delimiter"], Added()] = "bos"  # two: BOS twice
 
     def open(self, cache: Path) -> "Sequences":
-        return Sequences(self.triggers)
+        return Sequences(self.triggers, self.start)
 
 
 class Sequences(Data):
     """Sequences without end, made where they are asked for: nothing is kept."""
 
-    def __init__(self, triggers: int):
+    def __init__(self, triggers: int, start: str = "bos"):
         content = COUNTS.read_bytes()
         counts = json.loads(content)
         self.unigrams_V = np.array(counts["unigrams"], np.int64)
         self.bigrams_VV = np.array(counts["bigrams"], np.int64)
         characters = len(self.unigrams_V)
         assert self.bigrams_VV.shape == (characters, characters)
-        self.bos, self.vocab = characters, characters + 2
-        self.digest = hashlib.sha256(f"{VERSION} {triggers} ".encode() + content).hexdigest()
+        self.start, self.vocab = start, characters + 2
+        self.bos = characters + (start == "delimiter")
+        kind = f"{VERSION} {triggers} " + ("" if start == "bos" else f"{start} ")
+        self.digest = hashlib.sha256(kind.encode() + content).hexdigest()
         self.is_trigger_V = np.zeros(self.vocab, bool)
         self.is_trigger_V[np.argsort(-self.unigrams_V, kind="stable")[:triggers]] = True
+        self.triggers = tuple(np.flatnonzero(self.is_trigger_V).tolist())
         # Draws compare integers with cumulated counts: no character of probability 0 comes of a rounded sum,
         # and every machine draws the same. The last row is BOS's.
         first = np.where(self.is_trigger_V[:characters], 0, self.unigrams_V)
         self._cumulated_SV = np.cumsum(np.vstack([self.bigrams_VV, first]), axis=1).astype(np.uint64)
 
     def training(self, seed: int, first: int, count: int, length: int) -> Ids:
+        if self.start == "none":
+            return self._from_bos(seed, first, count, length + 1)[:, 1:]
+        if self.start == "two":
+            return np.pad(self._from_bos(seed, first, count, length - 1), ((0, 0), (1, 0)), constant_values=self.bos)
+        return self._from_bos(seed, first, count, length)
+
+    def _from_bos(self, seed: int, first: int, count: int, length: int) -> Ids:
+        """Sequences that begin with BOS, or with the delimiter in its place."""
         numbers_B = np.arange(first, first + count)
         draws_BT = random_bits(seed, numbers_B[:, None], np.arange(length)) >> np.uint64(64 - BITS)
         ids = np.full((count, length + 1), self.bos, np.int64)
         for t in range(length):
-            state_B = ids[:, t]
+            state_B = ids[:, t] if t else np.full(count, len(self.unigrams_V))
             cumulated_BV = self._cumulated_SV[state_B]
             draw_B = (draws_BT[:, t] * cumulated_BV[:, -1]) >> np.uint64(BITS)  # uniform in 0..total-1
             ids[:, t + 1] = (cumulated_BV <= draw_B[:, None]).sum(1)
