@@ -238,9 +238,7 @@ def _ours(model: Any) -> Anatomy:
     stream = _stream(blocks, tables, reads, model.norm, ["attention.out"], "mlp.down", had)
     room = None if model.places is None else model.config.max_position_embeddings
     front, joins = model.registers, _joins(blocks, SUBLAYERS)
-    return Anatomy(
-        model.embed, model.embedded, blocks, model.head, heads, found, stream, front, room, joins, attentive
-    )
+    return Anatomy(model.embed, model.embedded, blocks, model.head, heads, found, stream, front, room, joins, attentive)
 
 
 def _theirs(model: Any, kind: str, known: Architecture) -> Anatomy:

@@ -154,8 +154,9 @@ def dynamics(records: list[Record]) -> bytes | None:
                 _limit(axes, [y for course, _, _ in courses for _, y in course], scale)
                 for course, dashes, colour in courses:
                     axes.plot(*zip(*course, strict=True), dashes, color=colour, linewidth=1.1)
-                _training_steps(axes, runs)
-                axes.set_xlim(0, max(1, *(entry["step"] for r in runs for entry in r["training"]["timeline"])))
+                steps = {entry["step"] for run in runs for entry in run["training"]["timeline"]}
+                _training_steps(axes, steps)
+                axes.set_xlim(0, max(1, *steps))
                 if scale == "log":
                     _plain_ticks(axes.yaxis)
         for axes in grid.flat[len(wanted) :]:
