@@ -372,4 +372,4 @@ def test_what_is_committed_is_what_the_records_render() -> None:
     files = leaderboard.render(results, readme)
     stale = [str(path.relative_to(ROOT)) for path, data in files.items() if path.read_bytes() != data]
     assert stale == [], "run `quantbench leaderboard`"
-    assert set(results.glob("*/*.svg")) == {path for path in files if path.suffix == ".svg"}
+    assert set(results.rglob("*.svg")) == {path for path in files if path.suffix == ".svg"}
