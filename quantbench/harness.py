@@ -15,6 +15,7 @@ import os
 import random
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import redirect_stderr
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -106,7 +107,7 @@ def _stock(name: str, cache: Path) -> tuple[str, Any]:
 
     _quiet()
     if name not in STANDARD:
-        return name, _from_hub(TaskManager(), name)
+        return name, _from_hub(_everything(), name)
     rows = corpora.rows(name, cache)
 
     def here(**_: Any) -> dict[str, Any]:
@@ -117,6 +118,14 @@ def _stock(name: str, cache: Path) -> tuple[str, Any]:
     mine = {"task": STANDARD[name], "custom_dataset": here}
     mine |= {"training_split": None, "validation_split": None, "test_split": "test"}
     return STANDARD[name], manager.load({"group": "standard", "task": [mine]})["tasks"][STANDARD[name]]
+
+
+@cache
+def _everything() -> Any:
+    """All of lm-eval's tasks: reading them takes a minute."""
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager()
 
 
 def _from_hub(manager: Any, name: str) -> Any:
