@@ -21,6 +21,7 @@ Shapes: B windows, T tokens, H query heads, E features of a head, K positions th
 import math
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -215,10 +216,10 @@ class _Course:
 
 def _searched(hits_LK: "Tensor", alphas_LK: "Tensor") -> tuple[int, float]:
     """The position with the highest sink rate (of equal rates, the one that draws more), and the rate."""
-    import torch
+    from quantbench.metrics.sink_rate import searched
 
-    rates_K, drawn_K = hits_LK.mean(0), alphas_LK.mean(0)
-    k = int(drawn_K.where(rates_K == rates_K.max(), torch.full_like(drawn_K, -torch.inf)).argmax())
+    rates_K = hits_LK.mean(0)
+    k = searched(rates_K, alphas_LK.mean(0))
     return k, float(rates_K[k])
 
 
@@ -243,7 +244,7 @@ def _change(after: list[float], before: list[float]) -> Body:
     found = t_interval(differences)
     if found is None:
         return {"mean": differences[0], "low": None, "high": None}
-    return {"mean": found.mean, "low": found.low, "high": found.high}
+    return asdict(found)
 
 
 # --- showing ---------------------------------------------------------------------------------------------------------

@@ -104,21 +104,22 @@ class Stages:
         mitigations = self.job.recipe.mitigations.items()
         self.entries = {name: entry.version for name, entry in mitigations}  # type: ignore[attr-defined]
         after = post_hoc(self.job.recipe)
-        self.trained = {
-            "version": VERSIONS["pretrain"], "recipe": _pretraining(self.job),
-            "mitigations": _without(self.entries, after),
-            "track": pretraining_part(self.job.track), "seed": self.job.seed,
-            "data": self.data.digest, "environment": _without(environment(), ("bitsandbytes",)),
-        }  # fmt: skip
         # What every cell that judges the checkpoint depends on.
         evaluated = _without(dump(self.job.track.evaluate), ("exemption",))
+        here = _without(environment(), ("bitsandbytes",))
         if given := self.job.track.pretrained:
             from quantbench.pretrained import identity
 
-            self.trained = {"version": VERSIONS["given"], "model": identity(given, self.store.root),
-                            "length": self.job.track.length}  # fmt: skip
-            evaluated |= {"data": self.data.digest, "environment": _without(environment(), ("bitsandbytes",)),
-                          "length": self.job.track.length}  # fmt: skip
+            length = self.job.track.length
+            self.trained = {"version": VERSIONS["given"], "model": identity(given, self.store.root), "length": length}
+            evaluated |= {"data": self.data.digest, "environment": here, "length": length}
+        else:
+            self.trained = {
+                "version": VERSIONS["pretrain"], "recipe": _pretraining(self.job),
+                "mitigations": _without(self.entries, after),
+                "track": pretraining_part(self.job.track), "seed": self.job.seed,
+                "data": self.data.digest, "environment": here,
+            }  # fmt: skip
         self.judged = {"checkpoint": digest(self.trained), "evaluate": evaluated}
         if after:
             resolved = self.job.resolved["mitigations"]
@@ -141,6 +142,11 @@ class Stages:
         if self.job.track.pretrained:
             return self.stage("given", self.trained, lambda _: _given(self.job, self.store, self.say))
         return self.stage("pretrain", self.trained, lambda cell: _pretrain(self.job, self.data, cell, self.say))
+
+    @property
+    def made_by(self) -> str:
+        """The stage that the checkpoint is of."""
+        return "given" if self.job.track.pretrained else "pretrain"
 
     def head(self, reason: str | None, stages: dict[str, int], quantizers: dict[str, int]) -> Record:
         """What every record of the job begins with, from the versions of the stages and quantizers that it used."""
@@ -205,7 +211,7 @@ def experiment(job: Job, store: Store, compute: bool = True, say: Say = lambda *
     except Missing:
         return None
     versions = {name: quantizer.version for name, quantizer in job.track.quantizers.items()}  # type: ignore[attr-defined]
-    used = _without(VERSIONS, ("pretrain",) if job.track.pretrained else ("given",))
+    used = {name: VERSIONS[name] for name in (stages.made_by, "measure", "quantize")}
     record = stages.head(reason, used, versions) | {
         "cost": trained["cost"],
         "training": {key: trained[key] for key in ("losses", "final-loss", "timeline")},

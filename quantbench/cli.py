@@ -6,11 +6,12 @@ Exit codes: 0 done, 2 bad input, 3 some cells failed, 4 a run diverged, 5 integr
 import argparse
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quantbench import __version__, catalog, cli_models
-from quantbench.face import print_table, root
+from quantbench.face import print_table, root, whole_number
 
 if TYPE_CHECKING:
     from quantbench.bench import Job
@@ -134,19 +135,26 @@ def sites(arguments: argparse.Namespace) -> int:
     """Tell which site pays: the damage of rounding each place alone, and of rounding all but it."""
     jobs, results, store = _jobs(arguments, arguments.recipe), _results(arguments), _store()
 
-    import os
-    from functools import partial
-
     from quantbench import sites as paying
+
+    paying.scheme(jobs[0].track, arguments.quantizer)
+    measure = partial(paying.experiment, quantizer=arguments.quantizer)
+    exit_code = _look_into(jobs, store, results, arguments, measure)
+    _print_sites(jobs, results, arguments)
+    return exit_code
+
+
+def _look_into(jobs: "list[Job]", store: "Store", results: Path, arguments: argparse.Namespace, function: Any) -> int:
+    """Makes the records that a function gives of trained models, and renders; the exit code."""
+    import os
+
     from quantbench.bench import default_jobs
     from quantbench.sweep import sweep
 
-    paying.scheme(jobs[0].track, arguments.quantizer)
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    workers, measure = arguments.jobs or default_jobs(), partial(paying.experiment, quantizer=arguments.quantizer)
-    outcome = sweep(jobs, store, results, workers, arguments.accept, lambda line: print(line, file=sys.stderr), measure)
+    workers, tell = arguments.jobs or default_jobs(), partial(print, file=sys.stderr)
+    outcome = sweep(jobs, store, results, workers, arguments.accept, tell, function)
     _render(results)
-    _print_sites(jobs, results, arguments)
     return outcome.exit_code
 
 
@@ -175,20 +183,11 @@ def probe(arguments: argparse.Namespace) -> int:
     """Intervene on trained models: without an attention, an MLP, block 0, or the residual peak alone."""
     jobs, results, store = _jobs(arguments, arguments.recipe), _results(arguments), _store()
 
-    import os
-
     from quantbench import probe as probing
-    from quantbench.bench import default_jobs
-    from quantbench.sweep import sweep
 
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
-    workers = arguments.jobs or default_jobs()
-    outcome = sweep(
-        jobs, store, results, workers, arguments.accept, lambda line: print(line, file=sys.stderr), probing.experiment
-    )
-    _render(results)
+    exit_code = _look_into(jobs, store, results, arguments, probing.experiment)
     _print_probes(jobs, results, arguments.json)
-    return outcome.exit_code
+    return exit_code
 
 
 def _print_probes(jobs: "list[Job]", results: Path, as_json: bool) -> None:
@@ -404,20 +403,6 @@ def store(arguments: argparse.Namespace) -> int:
 # --- arguments -------------------------------------------------------------------------------------------------------
 
 
-def _count(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{number}: 1 or more is needed")
-    return number
-
-
-def _seed(text: str) -> int:
-    number = int(text)
-    if not 0 <= number < 2**31:
-        raise argparse.ArgumentTypeError(f"{number}: 0 to 2^31 - 1 is needed")
-    return number
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="quantbench", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
@@ -437,7 +422,7 @@ def _parser() -> argparse.ArgumentParser:
     runs.add_argument("--track", default="text", help="what is held equal (default: text)")
     runs.add_argument("--seeds", type=int, metavar="N", help="the first N seeds of the track (default: all)")
     runs.add_argument(
-        "--jobs", type=_count, metavar="N", help="runs at a time, one thread each (default: one per core)"
+        "--jobs", type=whole_number(1), metavar="N", help="runs at a time, one thread each (default: one per core)"
     )
     runs.add_argument("--results", metavar="DIR", help="where records and tables go (default: results/)")
     runs.add_argument(
@@ -447,23 +432,16 @@ def _parser() -> argparse.ArgumentParser:
     runs.add_argument("--alone", action="store_true", help="without the baseline: its records are there already")
     runs.add_argument("--dry-run", action="store_true", help="say what would run, and what is there already")
     runs.add_argument("--accept", action="store_true", help="replace committed records that this run contradicts")
-    pays = verb("sites", sites)
-    pays.add_argument("recipe", nargs="+", metavar="RECIPE")
-    pays.add_argument("--track", default="text")
+    pays, probes = verb("sites", sites), verb("probe", probe)
     pays.add_argument("--quantizer", default="w8a8-static", help="one that rounds to nearest (default: w8a8-static)")
-    pays.add_argument("--seeds", type=int, metavar="N", help="the first N seeds of the track (default: all)")
-    pays.add_argument("--jobs", type=_count, metavar="N", help="runs at a time (default: one per core)")
-    pays.add_argument("--results", metavar="DIR", help="where records and tables go (default: results/)")
-    pays.add_argument("--accept", action="store_true", help="replace committed records that this run contradicts")
-    pays.add_argument("--json", action="store_true", help="one JSON object: the records of these runs")
-    probes = verb("probe", probe)
-    probes.add_argument("recipe", nargs="+", metavar="RECIPE")
-    probes.add_argument("--track", default="bb-3layer")
-    probes.add_argument("--seeds", type=int, metavar="N", help="the first N seeds of the track (default: all)")
-    probes.add_argument("--jobs", type=_count, metavar="N", help="runs at a time (default: one per core)")
-    probes.add_argument("--results", metavar="DIR", help="where records and tables go (default: results/)")
-    probes.add_argument("--accept", action="store_true", help="replace committed records that this run contradicts")
-    probes.add_argument("--json", action="store_true", help="one JSON object: the records of these runs")
+    for looks, track in ((pays, "text"), (probes, "bb-3layer")):
+        looks.add_argument("recipe", nargs="+", metavar="RECIPE")
+        looks.add_argument("--track", default=track)
+        looks.add_argument("--seeds", type=int, metavar="N", help="the first N seeds of the track (default: all)")
+        looks.add_argument("--jobs", type=whole_number(1), metavar="N", help="runs at a time (default: one per core)")
+        looks.add_argument("--results", metavar="DIR", help="where records and tables go (default: results/)")
+        looks.add_argument("--accept", action="store_true", help="replace committed records that this run contradicts")
+        looks.add_argument("--json", action="store_true", help="one JSON object: the records of these runs")
     claimed = verb("claims", claims_)
     claimed.add_argument("--track", help="of this one alone (default: every track with records that can answer)")
     claimed.add_argument("--results", metavar="DIR")
@@ -472,12 +450,14 @@ def _parser() -> argparse.ArgumentParser:
     exports.add_argument("recipe", metavar="RECIPE")
     exports.add_argument("--quantizer", required=True, metavar="NAME", help="as `quantbench list` names them")
     exports.add_argument("--track", default="text")
-    exports.add_argument("--seed", type=_seed, metavar="N", help="of the run (default: the track's first)")
+    exports.add_argument(
+        "--seed", type=whole_number(0, 2**31 - 1), metavar="N", help="of the run (default: the track's first)"
+    )
     exports.add_argument("--to", required=True, metavar="FOLDER", help="where the model goes")
     tunes = verb("tune", tune)
     tunes.add_argument("recipe", nargs="+", metavar="RECIPE")
     tunes.add_argument("--track", default="text")
-    tunes.add_argument("--jobs", type=_count, metavar="N", help="runs at a time (default: one per core)")
+    tunes.add_argument("--jobs", type=whole_number(1), metavar="N", help="runs at a time (default: one per core)")
     tunes.add_argument("--results", metavar="DIR", help="where the sweep is recorded (default: results/)")
     verb("list", list_).add_argument("--json", action="store_true", help="one JSON object of lists of names")
     shows = verb("show", show)

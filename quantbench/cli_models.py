@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from quantbench.face import print_table, progress, root
+from quantbench.face import print_table, progress, root, whole_number
 
 if TYPE_CHECKING:
     from quantbench.pretrained import Given
@@ -208,18 +208,20 @@ def add(verb: Verb) -> None:
         gets.set_defaults(verb=_got(function))
 
     measures = _about_a_model(verb("measure", measure))
-    measures.add_argument("--windows", type=_count, default=32, metavar="N", help="of text (default: 32)")
+    measures.add_argument("--windows", type=whole_number(1), default=32, metavar="N", help="of text (default: 32)")
     finds = _about_a_model(verb("heads", heads), text=False, length=256)
     finds.add_argument("--domains", nargs="+", default=["wikipedia", "code"], metavar="SET",
                        help="sets of text, or text files (default: wikipedia code)")  # fmt: skip
-    finds.add_argument("--texts", type=_count, default=8, metavar="N", help="of each domain (default: 8)")
-    finds.add_argument("--top", type=_count, default=16, metavar="N", help="heads that are intervened on (default: 16)")
+    finds.add_argument("--texts", type=whole_number(1), default=8, metavar="N", help="of each domain (default: 8)")
+    finds.add_argument(
+        "--top", type=whole_number(1), default=16, metavar="N", help="heads that are intervened on (default: 16)"
+    )
     zeroes = _about_a_model(verb("ablate", ablate))
-    zeroes.add_argument("--windows", type=_count, default=8, metavar="N", help="of text (default: 8)")
-    zeroes.add_argument("--layers", type=_layer, nargs="+", metavar="L", help="from 0 (default: all)")
+    zeroes.add_argument("--windows", type=whole_number(1), default=8, metavar="N", help="of text (default: 8)")
+    zeroes.add_argument("--layers", type=whole_number(0), nargs="+", metavar="L", help="from 0 (default: all)")
     follows = _about_a_model(verb("dynamics", dynamics), revision=False)
     follows.add_argument("--revisions", nargs="+", required=True, metavar="R", help="of the model, or folders in it")
-    follows.add_argument("--windows", type=_count, default=8, metavar="N", help="of text (default: 8)")
+    follows.add_argument("--windows", type=whole_number(1), default=8, metavar="N", help="of text (default: 8)")
 
 
 def _got(function: Callable[[argparse.Namespace], int]) -> Callable[[argparse.Namespace], int]:
@@ -242,30 +244,11 @@ def _about_a_model(
     if text:
         parser.add_argument("--text", nargs="+", metavar="PATH", help="text files, or sets of `quantbench data` "
                             f"(default: {TEXT})")  # fmt: skip
-    parser.add_argument("--length", type=_length, default=length, metavar="N", help=f"tokens a window ({length})")
+    parser.add_argument(
+        "--length", type=whole_number(4), default=length, metavar="N", help=f"tokens a window ({length})"
+    )
     parser.add_argument("--dtype", choices=DTYPES, default=DTYPES[0], help=f"the model computes in ({DTYPES[0]})")
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout, and nothing else there")
     parser.add_argument("--figures", metavar="DIR", help="put the pictures there (SVG)")
     parser.add_argument("--record", action="store_true", help="keep it in results/models/")
     return parser
-
-
-def _count(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{number}: 1 or more is needed")
-    return number
-
-
-def _layer(text: str) -> int:
-    number = int(text)
-    if number < 0:
-        raise argparse.ArgumentTypeError(f"{number}: layers are counted from 0")
-    return number
-
-
-def _length(text: str) -> int:
-    number = int(text)
-    if number < 4:
-        raise argparse.ArgumentTypeError(f"{number}: 4 or more is needed")
-    return number

@@ -25,6 +25,7 @@ import itertools
 import math
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -118,7 +119,7 @@ def _look(given: "Given", parts: "Anatomy", read: "dict[str, list[Tensor]]", say
 
     from quantbench.interventions import losses
     from quantbench.metrics import LayerMean
-    from quantbench.metrics.sink_rate import EPSILON, received
+    from quantbench.metrics.sink_rate import EPSILON, received, searched
     from quantbench.trace import full_precision, hooked
 
     hits, alphas = LayerMean(), LayerMean()  # over all domains
@@ -149,8 +150,7 @@ def _look(given: "Given", parts: "Anatomy", read: "dict[str, list[Tensor]]", say
             found[name]["attention"].append(attention)
             done += 1
     say("look", done, count, "")
-    rates_K, drawn_K = hits.stacked().mean((0, 1)), alphas.stacked().mean((0, 1))
-    k = int(drawn_K.where(rates_K == rates_K.max(), torch.full_like(drawn_K, -torch.inf)).argmax())
+    k = searched(hits.stacked().mean((0, 1)), alphas.stacked().mean((0, 1)))
     for name in found:
         found[name]["searched"] = k
     return found
@@ -262,7 +262,7 @@ def _interval(values: list[float]) -> Body:
 
     found = t_interval(values)
     assert found is not None, "a domain has two texts or more"
-    return {"mean": found.mean, "low": found.low, "high": found.high}
+    return asdict(found)
 
 
 # --- showing ---------------------------------------------------------------------------------------------------------

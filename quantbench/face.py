@@ -1,5 +1,7 @@
 """What a verb needs of the place where it runs: the project's folder, the terminal. Nothing heavy is imported."""
 
+import argparse
+import math
 import sys
 import time
 from collections.abc import Callable
@@ -46,3 +48,16 @@ def progress() -> Callable[[str, int, int, str], None]:
               file=sys.stderr, flush=True)  # fmt: skip
 
     return say
+
+
+def whole_number(least: int, most: float = math.inf) -> Callable[[str], int]:
+    """The type of an argument."""
+
+    def number(text: str) -> int:
+        found = int(text)
+        if not least <= found <= most:
+            due = f"{least} or more" if most == math.inf else f"{least} to {most:,}"
+            raise argparse.ArgumentTypeError(f"{found}: {due} is needed")
+        return found
+
+    return number

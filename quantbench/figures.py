@@ -519,6 +519,28 @@ def _svg(figure: Figure) -> bytes:
     return buffer.getvalue()
 
 
+# --- panels over the layers of one model -----------------------------------------------------------------------------
+
+LEFT_OF, PANEL, GAP = 0.65, 2.25, 0.7  # inches: left of the first panel, a panel, between two
+
+
+def _panels_width(count: int, right: float) -> float:
+    """Of a figure with panels side by side and room at the right of the last."""
+    return LEFT_OF + count * PANEL + (count - 1) * GAP + right
+
+
+def _panel(figure: Figure, place: int, title: str, labels: tuple[str, str], scale: str) -> Axes:
+    """The panel at a place from the left; labels of its x and its y axis."""
+    width, height = figure.get_size_inches()
+    left = LEFT_OF + place * (PANEL + GAP)
+    axes = figure.add_axes((left / width, 0.45 / height, PANEL / width, 1 - 0.75 / height))
+    axes.set_title(title, loc="left", fontweight="bold")
+    axes.set_xlabel(labels[0])
+    axes.set_ylabel(labels[1])
+    axes.set_yscale(scale)
+    return axes
+
+
 # --- a portrait of one model (portrait.py) ---------------------------------------------------------------------------
 
 SIDES = (("with BOS", "black", "o-"), ("without BOS", "#cc3311", "o--"))  # dashed, as the two often coincide
@@ -538,18 +560,10 @@ def by_layer(sides: dict[str, dict[str, list[float | None]]]) -> bytes | None:
     if not shown:
         return None
     layers = max(len(courses["norm"]) for courses in sides.values())
-    left, panel, gap, right, height = 0.65, 2.25, 0.7, 0.95, 2.9  # inches
-    width = left + len(shown) * panel + (len(shown) - 1) * gap + right
-    with _figure(width, height) as figure:
+    with _figure(_panels_width(len(shown), 0.95), 2.9) as figure:
         for place, name in enumerate(shown):
             title, unit, scale = BY_LAYER[name]
-            axes = figure.add_axes(
-                ((left + place * (panel + gap)) / width, 0.45 / height, panel / width, 1 - 0.75 / height)
-            )
-            axes.set_title(title, loc="left", fontweight="bold")
-            axes.set_ylabel(unit)
-            axes.set_xlabel("block")
-            axes.set_yscale(scale)
+            axes = _panel(figure, place, title, ("block", unit), scale)
             ends, styles = {}, {}
             for label, colour, line in SIDES:
                 courses = sides.get(label, {})
@@ -705,18 +719,10 @@ LEFT = {  # figure of an ablation -> (title, unit, scale)
 def ablations(whole: dict[str, Any], found: list[dict[str, Any]], peak: int) -> bytes:
     """What is left of the sink, and what it costs, over the layer that is ablated; dashed, the whole model."""
     shown = [name for name in LEFT if any(_left(at, name) is not None for at in found)]
-    left, panel, gap, right, height = 0.65, 2.25, 0.7, 1.0, 2.9  # inches
-    width = left + len(shown) * panel + (len(shown) - 1) * gap + right
-    with _figure(width, height) as figure:
+    with _figure(_panels_width(len(shown), 1.0), 2.9) as figure:
         for place, name in enumerate(shown):
             title, unit, scale = LEFT[name]
-            axes = figure.add_axes(
-                ((left + place * (panel + gap)) / width, 0.45 / height, panel / width, 1 - 0.75 / height)
-            )
-            axes.set_title(title, loc="left", fontweight="bold")
-            axes.set_ylabel(unit.format(peak))
-            axes.set_xlabel("layer")
-            axes.set_yscale(scale)
+            axes = _panel(figure, place, title, ("layer", unit.format(peak)), scale)
             ends, styles = {}, {}
             for part, (label, colour, line) in SUBLAYERS.items():
                 course = [(float(at["layer"]), y) for at in found if at["part"] == part

@@ -29,7 +29,6 @@ CHOICES = 4  # of a question of our own
 STANDARD = {"lambada": "lambada_openai", "arc-easy": "arc_easy", "hellaswag": "hellaswag", "piqa": "piqa"}
 FOLDERS = ("lambada", "arc", "hellaswag", "piqa")  # of lm-eval's tasks, where these are: reading all takes a minute
 DRAW_SEED = 0  # of which items are scored
-TOKENS = 4096  # of a batch of the standard tasks' short texts, about
 
 Say = Callable[[str, int, int, str], None]
 
@@ -44,7 +43,7 @@ def harness(model: nn.Module, reference: Reference) -> Figures:
         tokenizer_file=str(reference.data.tokenizer_file), bos_token="<bos>", eos_token="<sep>", pad_token="<sep>"
     )
     length, items = reference.track.length, reference.track.evaluate.lm_eval_items
-    lm = _lm(model, tokenizer, None, BATCH, length)
+    lm = _lm(model, tokenizer, None, length)
     documents = reference.data.documents(items * 2)  # type: ignore[attr-defined]
     passages, questions = cut(documents[:items], tokenizer, length), last_words(documents, tokenizer, length, items)
     tasks = {
@@ -75,7 +74,7 @@ def standard(
     Figures: the accuracy under the task's name, its `-stderr` and `-items`. ValueError for an unknown task, one that
     has no accuracy, or items that are not here.
     """
-    lm = _lm(model, tokenizer, bos, None, None)
+    lm = _lm(model, tokenizer, bos, None)
     figures: Figures = {}
     items: dict[str, str] = {}
     for index, (name, wanted) in enumerate(tasks.items()):
@@ -142,7 +141,7 @@ def _from_hub(manager: Any, name: str) -> Any:
         raise ValueError(f"evaluate.lm-eval: {name}: its items are not here, and the hub says: {first}") from error
 
 
-def _lm(model: Any, tokenizer: Any, bos: int | None, batch: int | None, length: int | None) -> Any:
+def _lm(model: Any, tokenizer: Any, bos: int | None, length: int | None) -> Any:
     """The model as lm-eval sees it; with `bos`, every text but a rolling one (which has it anyway) begins with it."""
     from lm_eval.models.huggingface import HFLM
 
@@ -158,7 +157,7 @@ def _lm(model: Any, tokenizer: Any, bos: int | None, batch: int | None, length: 
     config = getattr(model, "config", None)
     longest = length or min(2048, getattr(config, "max_position_embeddings", None) or 2048)
     return Behind(
-        pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=batch or max(1, TOKENS // 128),
+        pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=BATCH,
         max_length=longest, device=str(next(model.parameters()).device), prefix_token_id=bos,
     )  # fmt: skip
 

@@ -15,15 +15,13 @@ from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from quantbench.anatomy import Anatomy, Heads
+from quantbench.trace import token_losses
 
 if TYPE_CHECKING:
     from quantbench.pretrained import Given
-
-SCORED = 128  # positions whose logits are turned into losses at once
 
 
 # --- text ------------------------------------------------------------------------------------------------------------
@@ -37,9 +35,7 @@ def windows_of(
     At most `each` of a document. Ids are kept, which are far smaller than the text that they are of. ValueError where
     there is none, or the model has no positions for so many tokens.
     """
-    most = room if room is not None else getattr(given.model.config, "max_position_embeddings", None)
-    if most is not None and length > most:
-        raise ValueError(f"--length {length}: this model has positions for {most:,} tokens: take shorter windows")
+    given.check_length(length, room)
     found: list[Tensor] = []
     going: Any = (given.windows([text], length) for text in documents)
     rounds = 0
@@ -62,14 +58,7 @@ def windows_of(
 
 def losses(logits_BTV: Tensor, ids_BT: Tensor) -> Tensor:
     """The mean loss of the tokens that are predicted, nats, of each sequence, [B] in float64."""
-    count = ids_BT.shape[1] - 1
-    total_B = torch.zeros(len(ids_BT), dtype=torch.float64)
-    for start in range(0, count, SCORED):
-        end = min(start + SCORED, count)
-        targets_BT = ids_BT[:, start + 1 : end + 1].to(logits_BTV.device)
-        found_BT = F.cross_entropy(logits_BTV[:, start:end].float().transpose(1, 2), targets_BT, reduction="none")
-        total_B += found_BT.double().sum(-1).cpu()
-    return total_B / count
+    return token_losses(logits_BTV[:, :-1], ids_BT[:, 1:]).double().mean(-1).cpu()
 
 
 # --- passes ----------------------------------------------------------------------------------------------------------
@@ -104,7 +93,7 @@ class Relay:
             raise _ArrivedError
 
         last = self.blocks[layer - 1]
-        with self._handing_on(), _removed(last.register_forward_hook(arrive)), suppress(_ArrivedError):
+        with self._handing_on(), last.register_forward_hook(arrive), suppress(_ArrivedError):
             self.model(self.ids_BT)
         (self._given,), self.start = found, layer
 
@@ -133,16 +122,25 @@ class Relay:
 # --- interventions ---------------------------------------------------------------------------------------------------
 
 
+def stream(output: Any) -> Tensor:
+    """What a module hands on: its output, or the first of a tuple."""
+    found: Tensor = output[0] if isinstance(output, tuple) else output
+    return found
+
+
+def with_stream(output: Any, x: Tensor) -> Any:
+    """The output of a module with something else in that place."""
+    return (x, *output[1:]) if isinstance(output, tuple) else x
+
+
 @contextmanager
 def silenced(module: nn.Module) -> Iterator[None]:
     """Within it, the module's output (or the first of a tuple) is 0."""
 
     def after(module: nn.Module, args: Any, output: Any) -> Any:
-        if isinstance(output, tuple):
-            return (torch.zeros_like(output[0]), *output[1:])
-        return torch.zeros_like(output)
+        return with_stream(output, torch.zeros_like(stream(output)))
 
-    with _removed(module.register_forward_hook(after)):
+    with module.register_forward_hook(after):
         yield
 
 
@@ -157,7 +155,7 @@ def zeroed(heads: Heads, head: int, count: int) -> Iterator[None]:
         x[..., columns] = 0
         return (x, *args[1:])
 
-    with _removed(heads.output.register_forward_pre_hook(before)):
+    with heads.output.register_forward_pre_hook(before):
         yield
 
 
@@ -176,14 +174,5 @@ def moved(heads: Heads, head: int, position: int) -> Iterator[None]:
         weights_BHTS[:, head, position:, position] = mass_BT
         return weights_BHTS
 
-    with _removed(heads.weights.register_forward_hook(after)):
+    with heads.weights.register_forward_hook(after):
         yield
-
-
-@contextmanager
-def _removed(handle: Any) -> Iterator[None]:
-    """Removes a hook at the end."""
-    try:
-        yield
-    finally:
-        handle.remove()

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from quantbench import claims, figures, gallery, grid, relation, stats
+from quantbench.numerals import plain
 from quantbench.results import BASELINE, Record, comparable, digests, rank_by, read_all, read_sites
 from quantbench.store import atomic_write
 
@@ -295,10 +296,10 @@ def _placed(track: Board) -> dict[grid.Cell, str]:
 def _cell(row: Row, quantizer: str) -> str:
     """Mean damage and, but for the baseline, the ratio of KLs, marked where it separates."""
     damage, ratio = row.quantized(quantizer, "damage"), row.comparisons.get(quantizer)
-    shown = "–" if damage is None else _plain(damage.value)
+    shown = "–" if damage is None else plain(damage.value)
     if row.name == BASELINE or ratio is None:
         return shown
-    times = f"× {_plain(math.exp(ratio.difference.mean))}"
+    times = f"× {plain(math.exp(ratio.difference.mean))}"
     return f"{shown} ({times}{' †' if separates(ratio) else ''})"
 
 
@@ -313,7 +314,7 @@ def _heat(track: Board) -> tuple[list[str], list[tuple[str, list[tuple[float, st
             for name in mine.values():
                 ratio = row.comparisons.get(name)
                 known = ratio is not None and row.name != BASELINE
-                text = _plain(math.exp(ratio.difference.mean)) if ratio is not None and known else ""
+                text = plain(math.exp(ratio.difference.mean)) if ratio is not None and known else ""
                 boxes.append((_value(row.quantized(name, "damage")), text, ratio is not None and separates(ratio)))
             rows.append((row.name, boxes))
     return columns, rows
@@ -394,7 +395,7 @@ def relation_table(related: dict[str, Any]) -> Table:
             if found["n"] > 2 and predictor in relation.PREDICTORS:
                 counts = [str(found[name]) for name in ("n", "recipes", "clusters")]
                 r2 = found["leave-one-recipe-out-r2"]
-                rows.append([quantizer, predictor, *counts, *(_estimate(found[name]) for name in names), _plain(r2)])
+                rows.append([quantizer, predictor, *counts, *(_estimate(found[name]) for name in names), plain(r2)])
     return header, rows
 
 
@@ -465,7 +466,7 @@ def sites_table(runs: list[Record]) -> Table:
         mine = [r for r in runs if r["recipe"]["name"] == name]
         paid = [_text(_paid(mine, "kinds", kind, how, "damage")) for kind in kinds for how in ("alone", "spared")]
         worst = _worst(mine)
-        named = "; ".join(f"{_place(kind, at)} {_plain(spared)}" for spared, kind, at in worst)
+        named = "; ".join(f"{_place(kind, at)} {plain(spared)}" for spared, kind, at in worst)
         decibels = "–"
         if worst:
             _, kind, at = worst[0]
@@ -640,7 +641,7 @@ def _harness_facts(track: Board) -> str:
         r["full-precision"]["lm-eval"] for row in track.rows for r in row.records if r["full-precision"]["lm-eval"]
     ]
     items, chance = facts[0].get("last-word-items"), facts[0].get("last-word-chance")
-    return f"accuracy, {'–' if items is None else f'{items:,.0f}'} items, chance {_plain(chance)}"
+    return f"accuracy, {'–' if items is None else f'{items:,.0f}'} items, chance {plain(chance)}"
 
 
 def _with_block(readme: Path, results_root: Path, boards: list[Board]) -> bytes:
@@ -715,25 +716,13 @@ def _text(mean: Mean | None) -> str:
 
 
 def _figure(mean: Mean | None) -> str:
-    return "–" if mean is None else _plain(mean.value)
-
-
-def _plain(value: float | None) -> str:
-    """Three significant digits, without an exponent between a ten-thousandth and a billion."""
-    if value is None or not math.isfinite(value):
-        return "–"
-    if value == 0:
-        return "0"
-    magnitude = math.floor(math.log10(abs(value)))
-    if not -4 <= magnitude < 9:
-        return f"{value:.2e}".replace("-", "−")
-    return f"{value:,.{max(0, 2 - magnitude)}f}".replace("-", "−")
+    return "–" if mean is None else plain(mean.value)
 
 
 def _plus_minus(value: float, half_width: float | None) -> str:
     """The value to the place of the second digit of its half-width: 3.512 ± 0.013."""
     if half_width is None or half_width == 0 or not -7 <= math.floor(math.log10(half_width)) < 9:
-        return _plain(value)
+        return plain(value)
     places = max(0, 1 - math.floor(math.log10(half_width)))
     return f"{value:,.{places}f} ± {half_width:,.{places}f}".replace("-", "−")
 
@@ -756,7 +745,7 @@ def _ratio(row: Row, quantizer: str) -> tuple[str, str]:
         math.exp(x) for x in (compared.difference.mean, compared.difference.low, compared.difference.high)
     )
     p = "<0.0001" if compared.p < 1e-4 else f"{compared.p:.4f}" if compared.p < 0.1 else f"{compared.p:.2f}"
-    return f"{_plain(mean)} [{_plain(low)}, {_plain(high)}]", p
+    return f"{plain(mean)} [{plain(low)}, {plain(high)}]", p
 
 
 def _share(row: Row, quantizer: str) -> str:

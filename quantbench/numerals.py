@@ -9,7 +9,7 @@ NOTHING = "–"
 
 def plain(value: float | None) -> str:
     """Three significant digits, without an exponent between a ten-thousandth and a billion."""
-    if value is None:
+    if value is None or not math.isfinite(value):
         return NOTHING
     if value == 0:
         return "0"

@@ -25,6 +25,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from quantbench.numerals import NOTHING, plain
 from quantbench.strict import quote
 
 if TYPE_CHECKING:
@@ -46,7 +47,6 @@ TOKENS = 12  # extreme tokens that are listed, at most
 MAXIMA = {"float16": 65504.0, "bfloat16": 3.3895313892515355e38}
 HEADLINES = ("residual-peak", "sink-rate", "bos-attention", "value-drain", "delta-logit")
 SIDES = {"with-bos": "with BOS", "without-bos": "without BOS"}
-NOTHING = "–"
 
 
 # --- measuring -------------------------------------------------------------------------------------------------------
@@ -127,9 +127,7 @@ class _Text:
 def _text_of(given: "Given", texts: list[str], length: int, windows: int, room: int | None) -> _Text:
     """As many of the windows asked for as there are, of as many documents as it can be."""
     assert windows > 0
-    most = room if room is not None else getattr(given.model.config, "max_position_embeddings", None)
-    if most is not None and length > most:
-        raise ValueError(f"--length {length}: this model has positions for {most:,} tokens: take shorter windows")
+    given.check_length(length, room)
     if length < 2:
         raise ValueError(f"--length {length}: 2 or more is needed, so that a token is predicted")
     there: list[int] = []
@@ -397,7 +395,7 @@ def tables(record: Body) -> list[tuple[str, Table]]:
         )
     if (extreme := record["sinks"]["extreme"]) and extreme["tokens"]:
         title = (
-            f"Extreme tokens after block {extreme['layer']}, {first}: {_plain(extreme['per-window'])} a window, "
+            f"Extreme tokens after block {extreme['layer']}, {first}: {plain(extreme['per-window'])} a window, "
             f"{extreme['ids']:,} ids"
         )
         found.append((title, _extreme_table(extreme)))
@@ -431,23 +429,23 @@ def _layer_heading(record: Body, way: str) -> str:
 
 def _signatures(sides: dict[str, Body]) -> Table:
     rows: list[tuple[str, Callable[[Body], str]]] = [
-        ("loss, nats per token", lambda side: _plain(side["loss"])),
-        ("perplexity", lambda side: _plain(side["perplexity"])),
-        ("bits per byte", lambda side: _plain(side["bits-per-byte"])),
-        ("residual peak: largest norm / median", lambda side: _plain(side["residual-peak"])),
+        ("loss, nats per token", lambda side: plain(side["loss"])),
+        ("perplexity", lambda side: plain(side["perplexity"])),
+        ("bits per byte", lambda side: plain(side["bits-per-byte"])),
+        ("residual peak: largest norm / median", lambda side: plain(side["residual-peak"])),
         ("after block", lambda side: _whole(side["layer"])),
-        ("largest norm there", lambda side: _plain(side["norm"])),
-        ("median norm there", lambda side: _plain(side["median"])),
+        ("largest norm there", lambda side: plain(side["norm"])),
+        ("median norm there", lambda side: plain(side["median"])),
         ("carried at position", lambda side: _whole(side["position"])),
         ("by the token", lambda side: _shown(side["text"])),
         ("in the feature", lambda side: _whole(side["feature"])),
-        ("which is", lambda side: _plain(side["value"])),
-        ("sink rate: share of heads", lambda side: _plain(side["sink-rate"])),
+        ("which is", lambda side: plain(side["value"])),
+        ("sink rate: share of heads", lambda side: plain(side["sink-rate"])),
         ("sink at position", lambda side: _whole(side["sink"])),
-        ("attention to the sink", lambda side: _plain(side["sink-attention"])),
-        ("value norm of the sink / others", lambda side: _plain(side["sink-value-drain"])),
-        ("delta logit of the sink", lambda side: _plain(side["sink-delta-logit"])),
-        ("largest number anywhere", lambda side: _plain(side["largest"])),
+        ("attention to the sink", lambda side: plain(side["sink-attention"])),
+        ("value norm of the sink / others", lambda side: plain(side["sink-value-drain"])),
+        ("delta logit of the sink", lambda side: plain(side["sink-delta-logit"])),
+        ("largest number anywhere", lambda side: plain(side["largest"])),
     ]
     return ["", *sides], [[name, *map(show, sides.values())] for name, show in rows]
 
@@ -455,28 +453,28 @@ def _signatures(sides: dict[str, Body]) -> Table:
 def _layer_table(layers: list[Body]) -> Table:
     columns: dict[str, Callable[[Body], str]] = {
         "block": lambda at: str(at["layer"]),
-        "norm": lambda at: _plain(at["norm"]),
-        "median": lambda at: _plain(at["median"]),
-        "ratio": lambda at: _plain(at["ratio"]),
+        "norm": lambda at: plain(at["norm"]),
+        "median": lambda at: plain(at["median"]),
+        "ratio": lambda at: plain(at["ratio"]),
         "at": lambda at: _agreed(str(at["position"]), at["position-share"]),
         "token": lambda at: _agreed(_shown(at["text"]), at["token-share"]),
         "feature": lambda at: _agreed(str(at["feature"]), at["feature-share"]),
-        "value": lambda at: _plain(at["value"]),
+        "value": lambda at: plain(at["value"]),
     }
     if any(at["sink-attention"] is not None for at in layers):
         columns |= {
-            "to sink": lambda at: _plain(at["sink-attention"]),
-            "heads": lambda at: _plain(at["sink-rate"]),
-            "drain": lambda at: _plain(at["value-drain"]),
-            "Δ logit": lambda at: _plain(at["delta-logit"]),
+            "to sink": lambda at: plain(at["sink-attention"]),
+            "heads": lambda at: plain(at["sink-rate"]),
+            "drain": lambda at: plain(at["value-drain"]),
+            "Δ logit": lambda at: plain(at["delta-logit"]),
         }
     return list(columns), [[show(at) for show in columns.values()] for at in layers]
 
 
 def _sink_table(sinks: list[Body], heads: int) -> Table:
     rows = [
-        [str(at["position"]), _shown(at["text"]), _percent(at["token-share"]), _plain(at["share"]),
-         f"{at['heads']} of {heads}", _plain(at["attention"])]
+        [str(at["position"]), _shown(at["text"]), _percent(at["token-share"]), plain(at["share"]),
+         f"{at['heads']} of {heads}", plain(at["attention"])]
         for at in sinks
     ]  # fmt: skip
     return ["position", "token", "stands there in", "share of heads", "by their mean", "attention"], rows
@@ -493,7 +491,7 @@ def _extreme_table(extreme: Body) -> Table:
 
 def _overflow_table(overflow: Body) -> Table:
     rows = [
-        [site.replace("-", " "), _plain(found["largest"]), _whole(found["layer"]), found["place"]]
+        [site.replace("-", " "), plain(found["largest"]), _whole(found["layer"]), found["place"]]
         for site, found in overflow["sites"].items()
     ]
     return ["site", "largest", "block", "module"], rows
@@ -501,7 +499,7 @@ def _overflow_table(overflow: Body) -> Table:
 
 def _metric_table(metrics: dict[str, Body]) -> Table:
     rows = [
-        [name, _plain(found["value"]), _whole(found["extra"].get("layer", found["extra"].get("k")))]
+        [name, plain(found["value"]), _whole(found["extra"].get("layer", found["extra"].get("k")))]
         for name, found in metrics.items()
     ]
     return ["metric", "value", "block or position"], rows
@@ -512,24 +510,12 @@ def _room(overflow: Body) -> str:
     for dtype in MAXIMA:
         found = overflow[dtype]
         if not found["fits"]:
-            told.append(f"{dtype} overflows, {_plain(1 / found['room'])} times too large")
+            told.append(f"{dtype} overflows, {plain(1 / found['room'])} times too large")
         elif found["room"] is None or found["room"] > 1e6:
             told.append(f"{dtype} holds them")
         else:
-            told.append(f"{dtype} holds them with {_plain(found['room'])} x room")
+            told.append(f"{dtype} holds them with {plain(found['room'])} x room")
     return "; ".join(told)
-
-
-def _plain(value: float | None) -> str:
-    """Three significant digits, without an exponent between a ten-thousandth and a billion."""
-    if value is None:
-        return NOTHING
-    if value == 0:
-        return "0"
-    magnitude = math.floor(math.log10(abs(value)))
-    if not -4 <= magnitude < 9:
-        return f"{value:.2e}".replace("-", "−")
-    return f"{value:,.{max(0, 2 - magnitude)}f}".replace("-", "−")
 
 
 def _whole(value: int | None) -> str:

@@ -18,6 +18,7 @@ import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from quantbench.wheels import Say, Wheel
 PICKLED = (".bin", ".pt", ".pth", ".pkl", ".ckpt", ".msgpack", ".h5")
 DTYPES = ("float32", "bfloat16", "float16")
 ABOUT = "quantbench.json"  # in the folder of a short name: what it was made of
+REMOTE = "its config names code of its own (auto_map), which is never run: take an architecture of transformers itself"
 PROBE = 16  # tokens of the pass that shows whether the model computes
 
 
@@ -81,6 +83,12 @@ class Given:
     def encode(self, text: str) -> list[int]:
         """The ids of a text, without special tokens, as which nothing in it is read."""
         return _encode(self.tokenizer, text)
+
+    def check_length(self, length: int, room: int | None) -> None:
+        """ValueError where the model has no positions for so many tokens; `room` as its anatomy has it."""
+        most = room if room is not None else getattr(self.model.config, "max_position_embeddings", None)
+        if most is not None and length > most:
+            raise ValueError(f"--length {length}: this model has positions for {most:,} tokens: take shorter windows")
 
     def windows(self, documents: Iterable[str], length: int, bos: bool = True) -> Iterator[tuple[int, Any]]:
         """(number of the document, ids [length]), each behind BOS with `bos`; what fills no window is left out."""
@@ -241,9 +249,8 @@ class _Source:
         here = {"local_files_only": True} if self.kind != "hub" else {}
         config = AutoConfig.from_pretrained(self.base, revision=self.revision or "main", **self.gguf, **here)
         if getattr(config, "auto_map", None):
-            raise ValueError("its config names code of its own (auto_map), which is never run: take an architecture of "
-                             "transformers itself")  # fmt: skip
-        if config.is_encoder_decoder or "CausalLM" not in "".join(config.architectures or ["CausalLM"]) + "CausalLM":
+            raise ValueError(REMOTE)
+        if config.is_encoder_decoder:
             raise ValueError(f"{config.model_type} is no causal language model of a decoder alone")
         try:
             found = AutoTokenizer.from_pretrained(self.base, revision=self.revision or "main", **self.gguf, **here)
@@ -302,9 +309,16 @@ class _Source:
 def _digest(paths: list[Path]) -> str:
     found = hashlib.sha256()
     for path in paths:
-        with open(path, "rb") as file:
-            found.update(f"{path.name} {hashlib.file_digest(file, 'sha256').hexdigest()} ".encode())
+        about = path.stat()
+        found.update(f"{path.name} {_sha256(path, about.st_size, about.st_mtime_ns)} ".encode())
     return found.hexdigest()
+
+
+@cache
+def _sha256(path: Path, size: int, changed: int) -> str:
+    """Of a file as it is now: every job of a sweep asks, and some are gigabytes."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 # --- folders ---------------------------------------------------------------------------------------------------------
@@ -324,8 +338,7 @@ def _check_folder(folder: Path) -> None:
     except (ValueError, RecursionError, AssertionError):
         raise ValueError(f"{folder / 'config.json'}: no JSON object") from None
     if "auto_map" in config:
-        raise ValueError(f"{folder}: its config names code of its own (auto_map), which is never run: take an "
-                         "architecture of transformers itself")  # fmt: skip
+        raise ValueError(f"{folder}: {REMOTE}")
     if config.get("quantization_config"):
         raise ValueError(f"{folder}: it is quantized already: give the model that it was made of")
     if not _weights(folder):

@@ -23,7 +23,7 @@ Shapes: B sequences, T tokens, D residual features, H heads.
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -36,6 +36,7 @@ from quantbench import bench
 from quantbench.anatomy import Anatomy, Prefixed, anatomy
 from quantbench.bench import Job, Say, from_json, to_json
 from quantbench.evaluate import Reference
+from quantbench.interventions import stream, with_stream
 from quantbench.results import Record
 from quantbench.stats import t_interval
 from quantbench.store import Store
@@ -66,8 +67,7 @@ def experiment(
             found = from_json(stages.stage("probe", inputs, lambda _: _probe(lazy, say)), "figures.json")
     except bench.Missing:
         return None
-    made = "given" if job.track.pretrained else "pretrain"
-    versions = {made: bench.VERSIONS[made], "probe": VERSION}
+    versions = {stages.made_by: bench.VERSIONS[stages.made_by], "probe": VERSION}
     return stages.head(reason, versions, {}) | {"sequences": count} | found, stages.run()
 
 
@@ -134,12 +134,10 @@ def _by_layer(parts: Anatomy, modules: list[nn.Linear]) -> dict[int, nn.Linear]:
 @contextmanager
 def replaced(hooks: list[Hook]) -> Iterator[None]:
     """Within it, the hooks stand; hooks of watchers that come later see what they give."""
-    handles = [module.register_forward_hook(hook) for module, hook in hooks]
-    try:
+    with ExitStack() as handles:
+        for module, hook in hooks:
+            handles.enter_context(module.register_forward_hook(hook))
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _nothing(module: nn.Module, args: Any, output: Tensor) -> Tensor:
@@ -147,7 +145,7 @@ def _nothing(module: nn.Module, args: Any, output: Tensor) -> Tensor:
 
 
 def _idle(block: nn.Module, args: Any, output: Any) -> Any:
-    return (args[0], *output[1:]) if isinstance(output, tuple) else args[0]
+    return with_stream(output, args[0])
 
 
 def _on_bos(front: int, head: int | None) -> Callable[..., Tensor]:
@@ -167,10 +165,9 @@ def _as_it_entered(front: int) -> Callable[..., Any]:
     """BOS's state as the block was given it."""
 
     def hook(module: nn.Module, args: Any, output: Any) -> Any:
-        hidden_BTD = output[0] if isinstance(output, tuple) else output
-        kept_BTD = hidden_BTD.clone()
+        kept_BTD = stream(output).clone()
         kept_BTD[:, front] = args[0][:, front]
-        return (kept_BTD, *output[1:]) if isinstance(output, tuple) else kept_BTD
+        return with_stream(output, kept_BTD)
 
     return hook
 
@@ -179,13 +176,13 @@ def _without_peak(front: int) -> Callable[..., Any]:
     """BOS's state at the median norm of the others', its direction kept."""
 
     def hook(module: nn.Module, args: Any, output: Any) -> Any:
-        hidden_BTD = output[0] if isinstance(output, tuple) else output
+        hidden_BTD = stream(output)
         norms_BT = torch.linalg.vector_norm(hidden_BTD, dim=-1)
         others_BT = torch.cat((norms_BT[:, :front], norms_BT[:, front + 1 :]), 1)
         scale_B = others_BT.median(-1).values / norms_BT[:, front].clamp_min(torch.finfo(norms_BT.dtype).tiny)
         scaled_BTD = hidden_BTD.clone()
         scaled_BTD[:, front] *= scale_B[:, None]
-        return (scaled_BTD, *output[1:]) if isinstance(output, tuple) else scaled_BTD
+        return with_stream(output, scaled_BTD)
 
     return hook
 

@@ -108,8 +108,7 @@ def experiment(
             found = from_json(stages.stage("sites", inputs, lambda _: _measure(lazy, rounds, say)), "figures.json")
     except bench.Missing:
         return None
-    made = "given" if job.track.pretrained else "pretrain"
-    versions = {made: bench.VERSIONS[made], "sites": VERSION}
+    versions = {stages.made_by: bench.VERSIONS[stages.made_by], "sites": VERSION}
     head = stages.head(reason, versions, {quantizer: rounds.version})
     return head | {"quantizer": {"name": quantizer, "resolved": resolved}, "sequences": count} | found, stages.run()
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
 from quantbench.anatomy import Anatomy, Heads, Prefixed, anatomy
@@ -21,6 +22,8 @@ from quantbench.catalog import entry_name, load
 from quantbench.metrics import Activations, Metric, Reading, finite
 
 Watcher = Callable[[Tensor], None]
+
+SCORED = 128  # positions whose logits are turned into losses at once
 
 
 def measure(
@@ -199,6 +202,15 @@ def _values_watcher(heads: Heads, methods: Sequence[Callable[[int, Tensor, Tenso
             method(layer, values_BHTE, output_HED)
 
     return watch
+
+
+def token_losses(logits_BTV: Tensor, targets_BT: Tensor) -> Tensor:
+    """The loss of every token, nats, [B, T] in fp32: some positions at a time, so that large logits are not copied."""
+    parts = []
+    for logits, targets in zip(logits_BTV.split(SCORED, 1), targets_BT.to(logits_BTV.device).split(SCORED, 1)):
+        nll = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="none")
+        parts.append(nll.view(targets.shape))
+    return torch.cat(parts, 1)
 
 
 def _device(model: nn.Module) -> torch.device:

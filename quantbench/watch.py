@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from quantbench.anatomy import Anatomy, Heads, anatomy
 from quantbench.tasks import Data, Ids
-from quantbench.trace import Watcher, full_precision, hooked
+from quantbench.trace import Watcher, full_precision, hooked, token_losses
 
 OF_ATTENTION = ("bos-attention", "trigger-attention", "delta-logit", "value-bos", "value-others", "value-drain")
 OF_STREAM = ("residual-bos", "residual-others", "residual-median", "residual-largest")
@@ -47,9 +47,8 @@ def look(model: nn.Module, ids: Ids, data: Data, parts: Anatomy | None = None) -
         ids_BT = torch.from_numpy(part).to(device)
         pass_ = _Pass(parts, ids_BT[:, :-1], data.triggers)
         with full_precision(model), hooked(pass_.wires()):
-            logits_BTV = model(ids_BT[:, :-1]).logits.float()
-        nll_BT = F.cross_entropy(logits_BTV.flatten(0, 1), ids_BT[:, 1:].flatten(), reduction="none")
-        nll_BT = nll_BT.view(len(part), -1).cpu()
+            logits_BTV = model(ids_BT[:, :-1]).logits
+        nll_BT = token_losses(logits_BTV, ids_BT[:, 1:]).cpu()
         figures = {"loss": nll_BT.double().mean(-1).tolist(), **_task(part, nll_BT, data), **pass_.figures()}
         for name, values in figures.items():
             found.setdefault(name, [math.nan] * first).extend(values)

@@ -22,10 +22,9 @@ from torch import Tensor, nn
 from quantbench.anatomy import Anatomy
 from quantbench.calibration import EXTREME, Exemption, learned_keys, what_counts
 from quantbench.metrics import Activations, LayerMean, Metric, median
-from quantbench.trace import Watcher
+from quantbench.trace import Watcher, token_losses
 
 LEARNED = -1  # stands for the id of a learned token in front of a sequence, which has none
-SCORED = 128  # positions whose logits are turned into losses at once
 SITES = ("embedding", "residual", "norm", "linear-input", "linear-output", "scores")  # at which a largest is sought
 
 
@@ -172,17 +171,11 @@ class Loss:
     @contextmanager
     def of(self, model: nn.Module) -> Iterator[None]:
         """Within it, every pass of the model over ids counts."""
-        handle = model.register_forward_hook(self._see)
-        try:
+        with model.register_forward_hook(self._see):
             yield
-        finally:
-            handle.remove()
 
     def _see(self, model: nn.Module, args: tuple, output: Any) -> None:
         ids_BT, logits_BTV = args[0], output.logits.detach()
-        for start in range(0, ids_BT.shape[1] - 1, SCORED):
-            end = min(start + SCORED, ids_BT.shape[1] - 1)
-            targets = ids_BT[:, start + 1 : end + 1].flatten().to(logits_BTV.device)
-            logits = logits_BTV[:, start:end].flatten(0, 1).float()
-            self.total += float(F.cross_entropy(logits, targets, reduction="none").sum(dtype=torch.float64))
-            self.tokens += len(targets)
+        nll_BT = token_losses(logits_BTV[:, :-1], ids_BT[:, 1:])
+        self.total += float(nll_BT.sum(dtype=torch.float64))
+        self.tokens += nll_BT.numel()

@@ -4,8 +4,6 @@ import copy
 import itertools
 import json
 import math
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from checkpoint import SHAPES, VOCAB, model_of, tokenizer_of
 from scipy import stats
+from shown import without_torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -119,15 +118,7 @@ def test_the_tables_name_it_first(body: dict[str, Any]) -> None:
 
 
 def test_a_record_is_shown_without_torch(body: dict[str, Any], tmp_path: Path) -> None:
-    (tmp_path / "record.json").write_bytes(canonical({k: v for k, v in body.items() if k != "run"}))
-    program = (
-        "import json, sys; from quantbench.dormant import pictures, tables; record = json.load(open(sys.argv[1])); "
-        "print(len(tables(record)), len(pictures(record)), 'torch' in sys.modules)"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", program, tmp_path / "record.json"], capture_output=True, text=True, check=True
-    )
-    assert done.stdout.split() == ["2", "2", "False"]
+    assert without_torch("dormant", body, tmp_path) == ["2", "2", "False"]
 
 
 @pytest.mark.parametrize(

@@ -45,6 +45,7 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def documents(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """`passages` reads TEXTS in the place of Wikipedia, which is not here."""
     monkeypatch.setattr("quantbench.corpora.documents", lambda name, cache: TEXTS)
+    monkeypatch.setattr("quantbench.corpora.digest", lambda name, cache: "0" * 64)
 
 
 def track(folder: Path, **changes: Any) -> Track:
@@ -143,6 +144,7 @@ def records(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
     """Of the model as it is, and behind a prefix."""
     patch = pytest.MonkeyPatch()
     patch.setattr("quantbench.corpora.documents", lambda name, cache: TEXTS)
+    patch.setattr("quantbench.corpora.digest", lambda name, cache: "0" * 64)
     store = Store(tmp_path_factory.mktemp("store"))
     found = {}
     for recipe in ("baseline", "prefix-kv"):

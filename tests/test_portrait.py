@@ -5,8 +5,6 @@ import gc
 import itertools
 import json
 import math
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +13,7 @@ import tiny
 import torch
 import torch.nn.functional as F
 from checkpoint import SHAPES, VOCAB, model_of, tokenizer_of
+from shown import without_torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -359,15 +358,7 @@ def test_a_model_that_hides_its_attention_shows_the_rest() -> None:
 
 def test_a_record_is_shown_without_torch(body: dict[str, Any], tmp_path: Path) -> None:
     """The leaderboard renders all pages at once, and answers before torch would be there."""
-    (tmp_path / "record.json").write_bytes(canonical({k: v for k, v in body.items() if k != "run"}))
-    program = (
-        "import json, sys; from quantbench.portrait import pictures, tables; record = json.load(open(sys.argv[1])); "
-        "print(len(tables(record)), len(pictures(record)), 'torch' in sys.modules)"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", program, tmp_path / "record.json"], capture_output=True, text=True, check=True
-    )
-    assert done.stdout.split() == ["6", "1", "False"]
+    assert without_torch("portrait", body, tmp_path) == ["6", "1", "False"]
 
 
 def test_layers_are_drawn_in_as_many_panels_as_are_known() -> None:

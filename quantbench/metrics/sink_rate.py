@@ -28,6 +28,11 @@ def received(weights_BHTT: Tensor) -> Tensor:
     return later_BHTK.sum(-2, dtype=torch.float64) / queries_K
 
 
+def searched(rates_K: Tensor, alphas_K: Tensor) -> int:
+    """The position with the highest rate; of equal rates, the one that draws more attention."""
+    return int(alphas_K.where(rates_K == rates_K.max(), torch.full_like(alphas_K, -torch.inf)).argmax())
+
+
 class Received:
     """The attention that each position draws, over layers and heads: which one of the model draws most."""
 
@@ -61,8 +66,7 @@ class SinkRate(Metric):
         if not rates_LHK.numel() or not alphas_LHK.isfinite().all():
             return Reading(None, [None] * len(rates_LHK), {"k": None, "bos": None, **self.counted()})
         rates_K, alphas_K = rates_LHK.mean((0, 1)), alphas_LHK.mean((0, 1))
-        best = alphas_K.where(rates_K == rates_K.max(), torch.full_like(alphas_K, -torch.inf))
-        k = int(best.argmax())
+        k = searched(rates_K, alphas_K)
         per_layer = [finite(float(rate)) for rate in rates_LHK[:, :, k].mean(1)]
         bos = float(rates_K[self.front]) if self.front < len(rates_K) else None
         return Reading(float(rates_K[k]), per_layer, {"k": k, "bos": bos, **self.counted()})

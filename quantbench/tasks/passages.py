@@ -5,8 +5,7 @@ document that is shorter is left out. One document in six is kept for calibratio
 training sequences. Documents come from the sets of `quantbench data`, or from text files.
 """
 
-import hashlib
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,14 +31,8 @@ class Passages(Task):
 
         tokenizer, bos, digest = tokenizer_of(self.tokenizer, cache)
         texts = [text for name in self.sets for text in corpora.documents(name, cache)]
-        return Documents(tokenizer, bos, texts, digest_of([VERSION, asdict(self), digest, _sha256(texts)]))
-
-
-def _sha256(texts: list[str]) -> str:
-    found = hashlib.sha256()
-    for text in texts:
-        found.update(len(text).to_bytes(8, "big") + text.encode())
-    return found.hexdigest()
+        read = [corpora.digest(name, cache) for name in self.sets]
+        return Documents(tokenizer, bos, texts, digest_of([VERSION, list(self.sets), digest, read]))
 
 
 class Documents(Data):
