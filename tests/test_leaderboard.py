@@ -17,7 +17,7 @@ import pytest
 import scipy.stats
 from synthetic_records import Record, diverged, synthetic
 
-from quantbench import leaderboard, stats
+from quantbench import leaderboard, numerals, stats
 from quantbench.leaderboard import BEGIN, END, board
 from quantbench.results import ResultsError, read_all, write
 
@@ -222,7 +222,7 @@ def test_the_share_is_undefined_where_the_damage_may_be_nothing() -> None:
 
 
 def test_numbers_are_printed_to_the_place_their_interval_allows() -> None:
-    plus_minus, plain = leaderboard._plus_minus, leaderboard._plain
+    plus_minus, plain = leaderboard._plus_minus, numerals.plain
     assert plus_minus(3.51234, 0.01345) == "3.512 ± 0.013"
     assert plus_minus(-0.00012, 0.00034) == "−0.00012 ± 0.00034"
     assert plus_minus(1294.0, 1046.0) == "1,294 ± 1,046"
