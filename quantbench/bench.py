@@ -39,7 +39,8 @@ if TYPE_CHECKING:
 VERSIONS = {"pretrain": 2, "given": 1, "measure": 2, "quantize": 2}
 
 # What of a track a checkpoint does not depend on, and what does not make two tables two.
-AFTER_PRETRAINING = ("title", "seeds", "extra-seeds", "quantizers", "metrics", "rank-by", "evaluate", "checkpoint")
+AFTER_PRETRAINING = ("title", "seeds", "extra-seeds", "quantizers", "baseline-only", "metrics", "rank-by", "evaluate",
+                     "checkpoint")  # fmt: skip
 COSMETIC = ("title", "seeds", "extra-seeds", "checkpoint")
 
 Say = Callable[[str, int, int, str], None]  # (stage, done, of, detail)
@@ -70,6 +71,12 @@ class Job:
     @property
     def lr(self) -> float:
         return self.recipe.lr.get(self.track_name, self.track.lr)
+
+    @property
+    def quantizers(self) -> dict[str, Any]:
+        """Those of the track that this recipe goes through."""
+        spared = () if self.recipe_name == BASELINE else self.track.baseline_only
+        return _without(self.track.quantizers, spared)
 
     @cached_property
     def mitigations(self) -> dict[str, dict[str, Any]]:
@@ -199,18 +206,18 @@ def experiment(job: Job, store: Store, compute: bool = True, say: Say = lambda *
             full = from_json(stage("measure", inputs, lambda _: _measure(lazy, say)), "figures.json")
             reason = None if full["loss"] is not None else "the held-out loss is not finite"
         if reason is None:
-            for index, (name, quantizer) in enumerate(job.track.quantizers.items()):
+            for index, (name, quantizer) in enumerate(job.quantizers.items()):
                 inputs = judged | {
                     "version": VERSIONS["quantize"], "quantizer": {name: track["quantizers"][name]},
-                    "entry": quantizer.version, "exemption": name in job.track.evaluate.exemption,  # type: ignore[attr-defined]
+                    "entry": quantizer.version, "exemption": name in job.track.evaluate.exemption,
                     "lm-eval": _harnessed(job, name), "bitsandbytes": here["bitsandbytes"],
                 }  # fmt: skip
-                say("quantize", index, len(job.track.quantizers), name)
+                say("quantize", index, len(job.quantizers), name)
                 folder = stage("quantize", inputs, lambda _, name=name: _quantize(lazy, name, say))  # type: ignore[misc]
                 quantized[name] = from_json(folder, "figures.json")
     except Missing:
         return None
-    versions = {name: quantizer.version for name, quantizer in job.track.quantizers.items()}  # type: ignore[attr-defined]
+    versions = {name: quantizer.version for name, quantizer in job.quantizers.items()}
     used = {name: VERSIONS[name] for name in (stages.made_by, "measure", "quantize")}
     record = stages.head(reason, used, versions) | {
         "cost": trained["cost"],

@@ -111,7 +111,7 @@ def _dry_run(jobs: "list[Job]", store: "Store", results: Path) -> int:
     for job in jobs:
         there = job.track.task.ready(store.root) and experiment(job, store, compute=False) is not None  # type: ignore[attr-defined]
         state = "in the store" if there else "to compute"
-        print(f"{job}: lr {job.lr:g}, {job.track.steps} steps, {len(job.track.quantizers)} quantizers: {state}")
+        print(f"{job}: lr {job.lr:g}, {job.track.steps} steps, {len(job.quantizers)} quantizers: {state}")
     print(f"records would go to {results}")
     return 0
 

@@ -103,6 +103,7 @@ class Track:
     rank_by: dict[Literal["damage"], str]  # the quantizer by whose damage rows are ranked
     steps: Annotated[int, Range(0, 100_000_000)] = 0  # of pretraining; 0 where the model is `pretrained`
     lr: Annotated[float, Range(0.0, 100.0)] = 0.0  # the baseline's; 0 likewise
+    baseline_only: Annotated[tuple[str, ...], Added()] = ()  # quantizers that no other recipe goes through: references
     pretrained: Annotated[str, Added()] = ""  # a model that is there already, as `quantbench measure` takes it
     model: Shape = field(default_factory=Shape)
     length: Annotated[int, Range(2, 1_048_576)] = 128  # tokens of a sequence that are predicted
@@ -123,13 +124,17 @@ class Track:
     checkpoint: Annotated[int, Range(1, 100_000_000)] = 500  # steps between checkpoints
 
     def __post_init__(self) -> None:
-        for key, used in (("rank-by", tuple(self.rank_by.values())), ("evaluate.exemption", self.evaluate.exemption)):
+        ranking = tuple(self.rank_by.values())
+        named = {"rank-by": ranking, "evaluate.exemption": self.evaluate.exemption, "baseline-only": self.baseline_only}
+        for key, used in named.items():
             for name in used:
                 if name not in self.quantizers:
                     near = strict.nearest(name, self.quantizers)
                     raise KeyedError(f"{key!r} names {strict.quote(name)}, no quantizer of this track{near}", key)
         if not self.rank_by:
             raise KeyedError("'rank-by' must be {damage: quantizer}", "rank-by")
+        if set(ranking) & set(self.baseline_only):
+            raise KeyedError(f"'baseline-only' has {ranking[0]}, by which every recipe is ranked", "baseline-only")
         if not self.seeds or len(set(self.seeds)) < len(self.seeds):
             raise KeyedError("'seeds' must be different, and at least one", "seeds")
         if len({*self.seeds, *self.extra_seeds}) < len(self.seeds + self.extra_seeds):

@@ -50,11 +50,11 @@ def documents(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def track(folder: Path, **changes: Any) -> Track:
     judged = Evaluate(sequences=12, traced=4, calibration=1, exemption=("w8a8-static",))
-    named = ("w8a8-static", "w8a8-token")
+    named = ("w8a8-static", "w8a8-token", "w8a8-tensor")
     plain: dict[str, Any] = {
         "title": "given", "task": Passages(tokenizer=str(folder)), "pretrained": str(folder), "length": LENGTH,
         "quantizers": {name: quantizer(name) for name in named}, "metrics": ("residual-peak",),
-        "rank_by": {"damage": "w8a8-static"}, "seeds": (0,), "evaluate": judged,
+        "rank_by": {"damage": "w8a8-static"}, "seeds": (0,), "evaluate": judged, "baseline_only": ("w8a8-tensor",),
     }  # fmt: skip
     return Track(**plain | changes)
 
@@ -90,6 +90,8 @@ def test_what_came_later_leaves_older_digests_as_they_were() -> None:
         ({"lr": 1e-3}, "'lr' is for pretraining"),
         ({"seeds": (0, 1)}, "intervals are over documents"),
         ({"evaluate": Evaluate(lm_eval_items=8)}, "name tasks in 'lm-eval'"),
+        ({"baseline_only": ("w8a8-tokens",)}, "'baseline-only' names 'w8a8-tokens', no quantizer of this track"),
+        ({"baseline_only": ("w8a8-static",)}, "'baseline-only' has w8a8-static, by which every recipe is ranked"),
     ],
 )
 def test_a_track_of_a_pretrained_model_refuses_what_it_cannot_do(changes: dict[str, Any], told: str) -> None:
@@ -168,6 +170,18 @@ def test_a_record_keeps_the_figures_of_every_document(records: dict[str, Record]
         assert record["cost"]["added-parameters"] == 0
         assert record["training"]["timeline"] == []
     assert "sequence-losses" in records["baseline"]["quantized"]["w8a8-static"]["exemption"]["extreme"]
+
+
+def test_a_reference_is_run_for_the_baseline_alone(records: dict[str, Record]) -> None:
+    assert [*records["baseline"]["quantized"]] == ["w8a8-static", "w8a8-token", "w8a8-tensor"]
+    assert [*records["prefix-kv"]["quantized"]] == ["w8a8-static", "w8a8-token"]
+    (header, rows), *_ = leaderboard.map_tables(leaderboard.board(list(records.values()))).values()
+    (column,) = (i for i, title in enumerate(header) if "tensor" in title and "static" not in title)
+    cells = {row[0]: row[column] for row in rows}
+    assert cells["prefix-kv"] == "–"
+    assert float(cells["baseline"].replace("−", "-")) == pytest.approx(
+        records["baseline"]["quantized"]["w8a8-tensor"]["damage"], rel=0.01
+    )
 
 
 def test_its_row_has_intervals_over_documents(records: dict[str, Record]) -> None:

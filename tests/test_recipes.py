@@ -235,7 +235,7 @@ TRACKS: list[tuple[int, str, str, str]] = [
     (9, "seed: 0", "9:1", "did you mean 'seeds'?"),
     (9, "betass: [0, 0]", "9:1", "did you mean 'betas'?"),
     (9, "warm-up: 5", "9:1", "did you mean 'warmup'?"),
-    (9, "zzzzzzzzzz: 5", "9:1", "unknown key 'zzzzzzzzzz'; known: batch, betas"),
+    (9, "zzzzzzzzzz: 5", "9:1", "unknown key 'zzzzzzzzzz'; known: baseline-only, batch, betas"),
     (9, "extends: base", "9:1", "unknown key 'extends'"),
     (9, "x" * 99 + ": 1", "9:1", "xxx...'"),
     (8, "model: {layer: 2}", "8:9", "did you mean 'layers'?"),
