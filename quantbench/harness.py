@@ -13,9 +13,9 @@ import logging
 import math
 import os
 import random
+import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import redirect_stderr
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -101,30 +101,35 @@ def standard(
 def _stock(name: str, cache: Path) -> tuple[str, Any]:
     """lm-eval's own task: its items from a package where we know one, else wherever lm-eval has them from."""
     import datasets
-    from lm_eval import tasks as package
     from lm_eval.tasks import TaskManager
 
     _quiet()
     if name not in STANDARD:
-        return name, _from_hub(_everything(), name)
+        return name, _from_hub(_that_name(name), name)
     rows = corpora.rows(name, cache)
 
     def here(**_: Any) -> dict[str, Any]:
         return {"test": datasets.Dataset.from_list(rows)}
 
-    folder = Path(str(package.__file__)).parent
-    manager = TaskManager(include_path=[str(folder / part) for part in FOLDERS], include_defaults=False)
+    manager = TaskManager(include_path=[str(_tasks() / part) for part in FOLDERS], include_defaults=False)
     mine = {"task": STANDARD[name], "custom_dataset": here}
     mine |= {"training_split": None, "validation_split": None, "test_split": "test"}
     return STANDARD[name], manager.load({"group": "standard", "task": [mine]})["tasks"][STANDARD[name]]
 
 
-@cache
-def _everything() -> Any:
-    """All of lm-eval's tasks: reading them takes a minute."""
+def _that_name(name: str) -> Any:
+    """lm-eval's tasks of the folders that name this one: to read all of them takes a minute."""
     from lm_eval.tasks import TaskManager
 
-    return TaskManager()
+    named = re.compile(rf"""^[\s-]*["']?(task|group|tag)["']?:\s*["']?{re.escape(name)}["']?\s*$""", re.MULTILINE)
+    folders = {path.parent for path in sorted(_tasks().rglob("*.yaml")) if named.search(path.read_text())}
+    return TaskManager(include_path=sorted(map(str, folders)), include_defaults=False)
+
+
+def _tasks() -> Path:
+    from lm_eval import tasks
+
+    return Path(str(tasks.__file__)).parent
 
 
 def _from_hub(manager: Any, name: str) -> Any:

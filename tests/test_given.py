@@ -310,7 +310,8 @@ def test_another_model_never_shows_the_first_ones_figures(llama: Path, rows: Non
 )
 @pytest.mark.filterwarnings("ignore")
 def test_a_task_that_is_none_is_refused(name: str, told: str, llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    for offline in ("datasets.config.HF_HUB_OFFLINE", "huggingface_hub.constants.HF_HUB_OFFLINE"):
+        monkeypatch.setattr(offline, True)  # what the variable of that name says when they are imported
     given = open_model(str(llama), llama)
     with pytest.raises(ValueError, match=told):
         standard(given.model, given.tokenizer, given.bos, {name: 4}, llama)
