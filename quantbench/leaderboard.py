@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from quantbench import claims, figures, gallery, grid, relation, stats
+from quantbench import answer, claims, figures, gallery, grid, relation, stats
 from quantbench.numerals import plain
 from quantbench.results import BASELINE, Record, comparable, digests, rank_by, read_all, read_sites
 from quantbench.store import atomic_write
@@ -300,7 +300,7 @@ def _cell(row: Row, quantizer: str) -> str:
     if row.name == BASELINE or ratio is None:
         return shown
     times = f"× {plain(math.exp(ratio.difference.mean))}"
-    return f"{shown} ({times}{' †' if separates(ratio) else ''})"
+    return f"{shown} ({times}{' †' if ratio.separates else ''})"
 
 
 def _heat(track: Board) -> tuple[list[str], list[tuple[str, list[tuple[float, str, bool]]]]]:
@@ -315,21 +315,16 @@ def _heat(track: Board) -> tuple[list[str], list[tuple[str, list[tuple[float, st
                 ratio = row.comparisons.get(name)
                 known = ratio is not None and row.name != BASELINE
                 text = plain(math.exp(ratio.difference.mean)) if ratio is not None and known else ""
-                boxes.append((_value(row.quantized(name, "damage")), text, ratio is not None and separates(ratio)))
+                boxes.append((_value(row.quantized(name, "damage")), text, ratio is not None and ratio.separates))
             rows.append((row.name, boxes))
     return columns, rows
-
-
-def separates(compared: stats.Comparison) -> bool:
-    """Whether a recipe's KL differs from the baseline's: the interval of the log ratio leaves out 0."""
-    return not compared.difference.low <= 0 <= compared.difference.high
 
 
 def separating(track: Board) -> str:
     """Which cells of the map tell a recipe from the baseline, in words."""
     found = []
     for cell, name in _placed(track).items():
-        apart = [row.name for row in track.rows if name in row.comparisons and separates(row.comparisons[name])]
+        apart = [row.name for row in track.rows if name in row.comparisons and row.comparisons[name].separates]
         found.append(f"W{cell.bits}A{cell.bits} {cell}: {', '.join(apart) or 'none'}")
     return "Recipes whose KL differs from the baseline's, cell by cell: " + "; ".join(found) + "."
 
@@ -514,7 +509,7 @@ def render(results_root: Path, readme: Path | None = None) -> dict[Path, bytes]:
     """Every file made from the records, by path: README.md, leaderboard.csv, the figures of each track, and the
     project's README with its block replaced. ResultsError for unsound records, ValueError for a README without it."""
     records, sites = read_all(results_root), read_sites(results_root)
-    tracks = sorted({r["track"]["name"] for r in records})
+    tracks = sorted({r["track"]["name"] for r in records}, key=lambda name: (name != HEADLINE_TRACK, name))
     boards = [board([r for r in records if r["track"]["name"] == track]) for track in tracks]
     related = relation.relate(records)
     files: dict[Path, bytes] = {}
@@ -534,7 +529,7 @@ def render(results_root: Path, readme: Path | None = None) -> dict[Path, bytes]:
     files |= gallery.render(results_root, _markdown, _escape)
     files |= claims.render(results_root, _markdown, _escape)
     if readme is not None:
-        files[readme] = _with_block(readme, results_root, boards)
+        files[readme] = _with_block(readme, results_root, boards, related)
     return files
 
 
@@ -585,7 +580,7 @@ def _section(track: Board, related: dict[str, Any], pictures: dict[str, str]) ->
     if documents := len(track.rows[0].units("loss")):
         length = track.rows[0].records[0]["track"]["resolved"]["length"]
         parts.append(DOCUMENTS.format(documents, length))
-    parts.append(_markdown(main_table(track)))
+    parts += [*_answers(track, related), _markdown(main_table(track))]
     if maps := map_tables(track):
         parts += ["### The map: scope of the ranges × residual stream × bits", MAP_LEGEND, separating(track)]
         parts += [f"W{bits}A{bits}\n\n{_markdown(table)}" for bits, table in maps.items()]
@@ -606,6 +601,10 @@ def _section(track: Board, related: dict[str, Any], pictures: dict[str, str]) ->
     if "timeline.svg" in pictures:
         parts += ["### When the signatures emerge", f"![{pictures['timeline.svg']}]({track.name}/timeline.svg)"]
     return "\n\n".join(parts) + "\n"
+
+
+def _answers(track: Board, related: dict[str, Any]) -> list[str]:
+    return [f"**{question}** {_escape(said)}" for question, said in answer.answers(track, related)]
 
 
 def _sites_section(track: Board, quantizer: str, runs: list[Record], pictured: bool) -> str:
@@ -644,8 +643,8 @@ def _harness_facts(track: Board) -> str:
     return f"accuracy, {'–' if items is None else f'{items:,.0f}'} items, chance {plain(chance)}"
 
 
-def _with_block(readme: Path, results_root: Path, boards: list[Board]) -> bytes:
-    """The README with a short table of the headline track between the two markers."""
+def _with_block(readme: Path, results_root: Path, boards: list[Board], related: dict[str, Any]) -> bytes:
+    """The README with the answers and a short table of the headline track between the two markers."""
     page = readme.read_text()
     if page.count(BEGIN) != 1 or page.count(END) != 1 or page.index(BEGIN) > page.index(END):
         raise ValueError(f"{readme}: put one line {BEGIN} and one line {END} where the leaderboard belongs")
@@ -657,7 +656,10 @@ def _with_block(readme: Path, results_root: Path, boards: list[Board]) -> bytes:
         columns = [header.index(name) for name in (*kept, "share carried", "notes")]
         link = Path(os.path.relpath(results_root / "README.md", readme.parent)).as_posix()
         short = ([header[i] for i in columns], [[row[i] for i in columns] for row in rows])
-        block = f"{_markdown(short)}\n\nTrack `{track.name}`; every column, quantizer and track: [{link}]({link})."
+        block = "\n\n".join([
+            *_answers(track, related[track.name]), _markdown(short),
+            f"Track `{track.name}`; every column, quantizer and track: [{link}]({link}).",
+        ])  # fmt: skip
     before, after = page[: page.index(BEGIN) + len(BEGIN)], page[page.index(END) :]
     return f"{before}\n{block}\n{after}".encode()
 

@@ -48,6 +48,11 @@ class Comparison:
     difference: Interval
     p: float
 
+    @property
+    def separates(self) -> bool:
+        """Whether the interval leaves out 0."""
+        return not self.difference.low <= 0 <= self.difference.high
+
 
 def t_interval(values: Sequence[float]) -> Interval | None:
     """Student's interval of the mean; None below two values."""

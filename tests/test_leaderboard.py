@@ -290,7 +290,7 @@ def test_writing_twice_changes_nothing_and_old_figures_go(tmp_path: Path) -> Non
     assert not (results / "text/relation-gone.svg").exists()
     assert leaderboard.write(results, readme) == []
     text = readme.read_text()
-    assert text.startswith(f"# Project\n\n{BEGIN}\n| rank |")
+    assert text.startswith(f"# Project\n\n{BEGIN}\n**Which recipes survive?** ")
     assert text.endswith(f"[results/README.md](results/README.md).\n{END}\n\nThe rest.\n")
 
 

@@ -1,0 +1,66 @@
+"""The answers in words say what the figures say, and nothing that they do not."""
+
+from typing import Any
+
+import pytest
+from synthetic_records import Record, synthetic
+
+from quantbench import relation
+from quantbench.answer import answers
+from quantbench.leaderboard import board
+
+KLS = (0.10, 0.12, 0.09, 0.11, 0.10)
+
+
+def runs(recipe: str, times: float, **changes: Any) -> list[Record]:
+    """A run a seed, whose KL, damage and peak are so many times the baseline's."""
+    made = [{"kl": kl * times, "damage": kl * times, "peak": 100.0 * times + seed} for seed, kl in enumerate(KLS)]
+    return [synthetic(recipe, seed, mitigations=(recipe,), **one | changes) for seed, one in enumerate(made)]
+
+
+def said(*rows: list[Record]) -> dict[str, str]:
+    records = [*runs("baseline", 1.0), *(record for row in rows for record in row)]
+    return dict(answers(board(records), relation.relate(records)["text"]))
+
+
+def test_the_three_questions_are_answered_from_the_figures_of_the_tables() -> None:
+    rows = {"gated": 0.25, "sink": 0.5, "like": 1.0, "clipped": 4.0}
+    found = said(*(runs(name, times) for name, times in rows.items()), runs("slow", 0.125, loss=3.5))
+    assert found["Which recipes survive?"] == (
+        "Under w8a8-static, 3 of 5 lose less than the baseline: slow (× 0.125), gated (× 0.250), sink (× 0.500). "
+        "1 loses more: clipped (× 4.00). 1 cannot be told from it. "
+        "Factors are of the KL, paired; all of them hold together at 95%."
+    )
+    assert found["What do they cost?"] == (
+        "Of these, slow learned less than the baseline in full precision; the loss of the others cannot be told to be "
+        "higher. On the Pareto front of loss and damage: slow and gated."
+    )
+    assert found["Is it the peak?"] == (
+        "The few extreme tokens carry 0.80 of the baseline's damage (as many random ones: 0.02), "
+        "and 0.80 to 0.80 of what is left where it survives."
+    )
+
+
+def test_the_relation_is_told_where_it_has_intervals() -> None:
+    found = said(*(runs(f"r{n}", 0.5 + n / 8) for n in range(8)))["Is it the peak?"]
+    assert found.startswith("KL goes with the residual peak at ρ = ")
+    assert " over 45 runs of 9 recipes, within a recipe " in found
+
+
+@pytest.mark.parametrize("carried", [None, "undefined"])
+def test_what_is_not_known_is_not_said(carried: str | None) -> None:
+    records = runs("baseline", 1.0)
+    for record in records:
+        if carried is None:
+            record["quantized"]["w8a8-static"]["exemption"] = None
+        else:
+            record["quantized"]["w8a8-static"]["damage"] *= (-1) ** record["seed"]
+    assert answers(board(records), relation.relate(records)["text"]) == []
+
+
+def test_none_survives() -> None:
+    found = said(runs("like", 1.0))
+    assert found["Which recipes survive?"].startswith(
+        "Under w8a8-static, 0 of 1 lose less than the baseline. 1 cannot be"
+    )
+    assert "What do they cost?" not in found
