@@ -26,7 +26,7 @@ LAYERS = [
     ["tune"],
     ["sweep", "sites", "probe"],
     ["bench", "leaderboard"],
-    ["gallery", "claims"],
+    ["gallery", "claims", "answer"],
     ["portrait", "dormant", "ablation", "dynamics"],
     ["watchers", "interventions"],
     ["figures"],
