@@ -28,6 +28,7 @@ from quantbench.store import atomic_write
 BEGIN, END = "<!-- leaderboard:begin -->", "<!-- leaderboard:end -->"
 HEADLINE_TRACK = "text"
 WIDE = 8  # columns of a table of quantizers
+RELATED = 3  # recipes, at least, for a relation over recipes to be shown
 SIGNATURES = ("residual-peak", "bos-attention", "value-drain")
 
 Table = tuple[list[str], list[list[str]]]  # a header, and rows of as many cells
@@ -511,7 +512,7 @@ def render(results_root: Path, readme: Path | None = None) -> dict[Path, bytes]:
     records, sites = read_all(results_root), read_sites(results_root)
     tracks = sorted({r["track"]["name"] for r in records}, key=lambda name: (name != HEADLINE_TRACK, name))
     boards = [board([r for r in records if r["track"]["name"] == track]) for track in tracks]
-    related = relation.relate(records)
+    related = {name: _telling(found) for name, found in relation.relate(records).items()}
     files: dict[Path, bytes] = {}
     sections = [INTRODUCTION]
     for track in boards:
@@ -548,11 +549,22 @@ def write(results_root: Path, readme: Path | None = None) -> list[Path]:
     return sorted(changed + gone)
 
 
+def _telling(related: dict[str, Any]) -> dict[str, Any]:
+    """The relations under quantizers that saw enough recipes: through one or two, every line is a good one."""
+    return {
+        quantizer: by_predictor
+        for quantizer, by_predictor in related.items()
+        if max(found["recipes"] for found in by_predictor.values()) >= RELATED
+    }
+
+
 def _pictures(track: Board, related: dict[str, Any]) -> dict[str, tuple[bytes, str]]:
     """file name -> (SVG, what it shows)."""
     drawn = {
         f"relation-{track.ranking}.svg": (
-            figures.relation(track.records, track.ranking, related.get(track.ranking, {}).get("residual-peak")),
+            figures.relation(track.records, track.ranking, related[track.ranking]["residual-peak"])
+            if track.ranking in related
+            else None,
             f"Residual peak against KL under {track.ranking}, log-log",
         ),
         "relation-all.svg": (
@@ -582,7 +594,8 @@ def _section(track: Board, related: dict[str, Any], pictures: dict[str, str]) ->
         parts.append(DOCUMENTS.format(documents, length))
     parts += [*_answers(track, related), _markdown(main_table(track))]
     if maps := map_tables(track):
-        parts += ["### The map: scope of the ranges × residual stream × bits", MAP_LEGEND, separating(track)]
+        parts += ["### The map: scope of the ranges × residual stream × bits", MAP_LEGEND]
+        parts += [separating(track)] if any(row.comparisons for row in track.rows) else []
         parts += [f"W{bits}A{bits}\n\n{_markdown(table)}" for bits, table in maps.items()]
     if others := damage_tables(track):
         parts += [f"### Damage under {'the other quantizers' if maps else 'every quantizer'}", *map(_markdown, others)]
