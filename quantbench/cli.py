@@ -233,6 +233,8 @@ def export(arguments: argparse.Namespace) -> int:
 
     name, recipe = load_recipe(arguments.recipe, root())
     track_name, track = load_track(arguments.track, root())
+    if track.pretrained:
+        raise ValueError(f"the model of track {track_name} is there already; what is exported here is trained here")
     job = Job(name, recipe, track_name, track, track.seeds[0] if arguments.seed is None else arguments.seed)
     quantizer = _quantizer(arguments.quantizer, track)
     os.environ.setdefault("OMP_NUM_THREADS", "1")

@@ -37,6 +37,8 @@ def tune(
     Three points around `baseline_lr`; five around its own where it has another optimizer.
     ValueError for a recipe that trains nothing of its own.
     """
+    if track.pretrained:
+        raise ValueError(f"track {track_name} pretrains nothing, so that there is no learning rate to tune")
     assert SEED not in track.seeds + track.extra_seeds
     if recipe.mitigations and len(bench.post_hoc(recipe)) == len(recipe.mitigations):
         raise ValueError(f"{name}: all it changes comes after pretraining; it states the learning rate of the baseline")

@@ -15,6 +15,7 @@ from tiny import track as tiny_track
 
 from quantbench import leaderboard, stats
 from quantbench.bench import Job, experiment, plain
+from quantbench.cli import main
 from quantbench.evaluate import Reference, full_precision, quantized
 from quantbench.harness import standard
 from quantbench.pretrained import open_model, tokenizer_of
@@ -109,6 +110,22 @@ def test_a_track_that_pretrains_says_how(missing: str) -> None:
 def test_a_recipe_that_changes_pretraining_is_refused_there(recipe: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=f"{recipe} changes pretraining.*prefix-kv, smoothquant, hadamard"):
         job(tmp_path, recipe)
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["tune", "baseline", "--track", "smollm2"], "track smollm2 pretrains nothing"),
+        (["export", "baseline", "--track", "smollm2", "--quantizer", "w4a16-rtn", "--to", "x"], "is there already"),
+    ],
+)
+def test_what_is_for_models_trained_here_is_refused_there(
+    words: list[str], told: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(words) == 2
+    error = capsys.readouterr().err
+    assert told in error
+    assert error.count("\n") == 1
 
 
 # --- passages --------------------------------------------------------------------------------------------------------
