@@ -6,13 +6,11 @@ Each sentence is made from the figures of the tables and is as old as they are. 
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from quantbench.board import Board, Row
 from quantbench.numerals import plain
 from quantbench.results import BASELINE
-
-if TYPE_CHECKING:
-    from quantbench.leaderboard import Board, Row
 
 
 def answers(track: Board, related: dict[str, Any]) -> list[tuple[str, str]]:

@@ -126,9 +126,9 @@ def _render(results: Path) -> None:
 
 
 def _print_table(results: Path, track: str) -> None:
-    from quantbench import leaderboard
+    from quantbench import tables
 
-    print_table(leaderboard.table(results, track), f"{track}, ranked by damage")
+    print_table(tables.table(results, track), f"{track}, ranked by damage")
 
 
 def sites(arguments: argparse.Namespace) -> int:
@@ -162,7 +162,7 @@ def _print_sites(jobs: "list[Job]", results: Path, arguments: argparse.Namespace
     """What is known of these jobs by now: a table, or one JSON object."""
     import json
 
-    from quantbench import leaderboard
+    from quantbench import tables
     from quantbench.results import read_all, read_sites
 
     track = jobs[0].track_name
@@ -175,8 +175,8 @@ def _print_sites(jobs: "list[Job]", results: Path, arguments: argparse.Namespace
         print(json.dumps(found, indent=1, sort_keys=True, allow_nan=False, ensure_ascii=False))
         return
     table = [r for r in read_all(results) if r["track"]["name"] == track]
-    if runs := leaderboard.paying(every, table).get(arguments.quantizer):
-        print_table(leaderboard.sites_table(runs), f"{track}, which site pays under {arguments.quantizer}")
+    if runs := tables.paying(every, table).get(arguments.quantizer):
+        print_table(tables.sites_table(runs), f"{track}, which site pays under {arguments.quantizer}")
 
 
 def probe(arguments: argparse.Namespace) -> int:

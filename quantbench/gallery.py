@@ -10,16 +10,16 @@ ablation.py, dynamics.py), which also says how it is shown: as `tables` and as `
 """
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from quantbench.markup import Table, escape, markdown
 from quantbench.results import ResultsError, anything, canonical, mapping, text
 from quantbench.store import atomic_write, check_name
 
 Record = dict[str, Any]
-Table = tuple[list[str], list[list[str]]]
 
 SCHEMA = 1
 FOLDER = "models"
@@ -112,7 +112,7 @@ Rendered by `quantbench leaderboard` from the records in this folder; never edit
 """
 
 
-def render(results: Path, markdown: Callable[[Table], str], escape: Callable[[str], str]) -> dict[Path, bytes]:
+def render(results: Path) -> dict[Path, bytes]:
     """The page and the pictures, by path; nothing where there are no records."""
     records = read_all(results)
     if not records:

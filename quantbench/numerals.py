@@ -19,6 +19,14 @@ def plain(value: float | None) -> str:
     return f"{value:,.{max(0, 2 - magnitude)}f}".replace("-", "−")
 
 
+def plus_minus(value: float, half_width: float | None) -> str:
+    """The value to the place of the second digit of its half-width: 3.512 ± 0.013."""
+    if half_width is None or half_width == 0 or not -7 <= math.floor(math.log10(half_width)) < 9:
+        return plain(value)
+    places = max(0, 1 - math.floor(math.log10(half_width)))
+    return f"{value:,.{places}f} ± {half_width:,.{places}f}".replace("-", "−")
+
+
 def signed(value: float | None, digits: int = 4) -> str:
     """With its sign, also where it is above 0."""
     return NOTHING if value is None else f"{value:+.{digits}f}".replace("-", "−")

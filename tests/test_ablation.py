@@ -19,7 +19,7 @@ from quantbench.ablation import ablate, pictures, tables
 from quantbench.anatomy import SUBLAYERS, anatomy
 from quantbench.gallery import compose
 from quantbench.interventions import windows_of
-from quantbench.leaderboard import _escape, _markdown
+from quantbench.markup import escape, markdown
 from quantbench.pretrained import Given
 from quantbench.results import canonical
 from quantbench.trace import measure
@@ -203,7 +203,7 @@ def sound(body: dict[str, Any]) -> None:
     assert json.loads(canonical(record)) == record
     for title, (header, shown) in tables(record):
         assert all(len(row) == len(header) and all(isinstance(cell, str) for cell in row) for row in shown)
-        assert "NaN" not in _escape(title) + _markdown((header, shown))
+        assert "NaN" not in escape(title) + markdown((header, shown))
     for picture in pictures(record).values():
         assert picture.startswith(b"<?xml")
 

@@ -7,7 +7,7 @@ from synthetic_records import Record, synthetic
 
 from quantbench import relation
 from quantbench.answer import answers
-from quantbench.leaderboard import board
+from quantbench.board import board
 
 KLS = (0.10, 0.12, 0.09, 0.11, 0.10)
 

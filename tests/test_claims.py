@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from synthetic_records import Record, synthetic
 
-from quantbench import claims, figures, leaderboard
+from quantbench import claims, figures, leaderboard, signatures
 from quantbench.claims import CLAIMS, FAILS, HOLDS, OPEN, Evidence, Rule, above, below, examine, rows, table
 from quantbench.cli import main
 from quantbench.results import write
@@ -141,15 +141,15 @@ def test_every_claim_has_a_name_of_its_own_and_says_what_was_published() -> None
 
 def test_the_signatures_of_a_run_by_hand() -> None:
     run = imagined()
-    assert claims.sink(run) == 0.9
-    assert claims.drain(run) == 0.1
-    assert claims.peak(run) == claims.peak_at_first(run) == pytest.approx(4.0)
-    assert claims.deep_peak(run) == pytest.approx(1.0)
-    assert claims.dormancy(run) == pytest.approx(0.7)
-    assert claims.growth(run, 0) == pytest.approx(10.0)  # a hundredth a step
-    assert claims.exponent(run) == pytest.approx(1.0)
-    assert claims.straightness(run) == pytest.approx(1.0)
-    assert claims.logit_slope(run) == pytest.approx(0.5)
+    assert signatures.sink(run) == 0.9
+    assert signatures.drain(run) == 0.1
+    assert signatures.peak(run) == signatures.peak_at_first(run) == pytest.approx(4.0)
+    assert signatures.deep_peak(run) == pytest.approx(1.0)
+    assert signatures.dormancy(run) == pytest.approx(0.7)
+    assert signatures.growth(run, 0) == pytest.approx(10.0)  # a hundredth a step
+    assert signatures.exponent(run) == pytest.approx(1.0)
+    assert signatures.straightness(run) == pytest.approx(1.0)
+    assert signatures.logit_slope(run) == pytest.approx(0.5)
 
 
 def test_the_order_of_the_signatures_by_hand() -> None:
@@ -157,46 +157,46 @@ def test_the_order_of_the_signatures_by_hand() -> None:
     run = imagined()
     sink = math.expm1((math.log1p(10) + math.log1p(100)) / 2)
     peak = math.expm1((math.log1p(1000) + math.log1p(2000)) / 2)
-    assert claims.peak_after_sink(run) == pytest.approx(math.log10(peak / sink))
-    assert claims.drain_after_sink(run) == pytest.approx(0.0)
+    assert signatures.peak_after_sink(run) == pytest.approx(math.log10(peak / sink))
+    assert signatures.drain_after_sink(run) == pytest.approx(0.0)
     flat = imagined(**{"residual-bos": [10.0] * 3})
-    assert claims.peak_after_sink(flat) is None  # what is not there comes never
-    assert claims.exponent(flat) is None
+    assert signatures.peak_after_sink(flat) is None  # what is not there comes never
+    assert signatures.exponent(flat) is None
 
 
 def test_equal_loss_is_looked_up_in_the_course_of_the_baseline() -> None:
     """The run ends at the loss that the baseline has at step 100, whose peak is 1.1 there."""
     task = {"loss": 4.0 - math.log10(101), "excess-risk-trigger": 0.1, "excess-risk-bigram": 0.01}
     run = imagined("sgd", task=task, **{"residual-bos": [22.0, 10.0, 10.0]})
-    assert claims.peak_at_equal_loss(run, imagined()) == pytest.approx(2.0)
+    assert signatures.peak_at_equal_loss(run, imagined()) == pytest.approx(2.0)
     ahead = imagined("sgd", task=task | {"loss": -5.0}, **{"residual-bos": [22.0, 10.0, 10.0]})
-    assert claims.peak_at_equal_loss(ahead, imagined()) == pytest.approx(2.2 / 4.0)
+    assert signatures.peak_at_equal_loss(ahead, imagined()) == pytest.approx(2.2 / 4.0)
 
 
 def test_growth_is_compared_at_the_peak_of_the_baseline() -> None:
     still = imagined("sgd", **{"residual-bos": [10.0, 10.0, 10.0]})
-    assert claims.relative_growth(still, imagined()) == pytest.approx(0.0)
-    assert claims.relative_growth(imagined(), still) is None
+    assert signatures.relative_growth(still, imagined()) == pytest.approx(0.0)
+    assert signatures.relative_growth(imagined(), still) is None
 
 
 def test_what_goes_with_an_intervention_by_hand() -> None:
     record = probed()
-    assert claims.sink_that_goes("block.0")(record) == pytest.approx(0.75)
-    assert claims.drain_that_goes("block.0")(record) == pytest.approx(1.0)
-    assert claims.logit_that_goes("block.0")(record) == pytest.approx(0.9)
-    assert claims.peak_that_goes("block.0")(record) == pytest.approx(1.0)
-    assert claims.sink_that_goes("peak.all")(record) == pytest.approx(0.05)
-    assert claims.drain_that_goes("peak.all")(record) == pytest.approx(0.0)
-    assert claims.moving_costs("excess-risk-trigger")(record) == 2.0
-    assert claims.sink_that_goes("block.1")(record) is None  # no layer behind it looks at BOS
+    assert signatures.sink_that_goes("block.0")(record) == pytest.approx(0.75)
+    assert signatures.drain_that_goes("block.0")(record) == pytest.approx(1.0)
+    assert signatures.logit_that_goes("block.0")(record) == pytest.approx(0.9)
+    assert signatures.peak_that_goes("block.0")(record) == pytest.approx(1.0)
+    assert signatures.sink_that_goes("peak.all")(record) == pytest.approx(0.05)
+    assert signatures.drain_that_goes("peak.all")(record) == pytest.approx(0.0)
+    assert signatures.moving_costs("excess-risk-trigger")(record) == 2.0
+    assert signatures.sink_that_goes("block.1")(record) is None  # no layer behind it looks at BOS
 
 
 def test_structures_are_compared_seed_by_seed() -> None:
     base = {seed: imagined(seed=seed) for seed in (0, 1)}
     other = {0: imagined(track="bb-2tf", **{"residual-bos": [13.0, 10.0, 10.0]})}
     evidence = Evidence(TRACK, {"baseline": base}, {}, {"bb-2tf": {"baseline": other}})
-    assert evidence.structure("bb-2tf", claims.excess) == {0: pytest.approx(0.1)}
-    assert evidence.structure("bb-2tf-mlp", claims.excess) == {}
+    assert evidence.structure("bb-2tf", signatures.excess) == {0: pytest.approx(0.1)}
+    assert evidence.structure("bb-2tf-mlp", signatures.excess) == {}
 
 
 # --- rows -------------------------------------------------------------------------------------------------------------

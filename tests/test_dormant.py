@@ -24,7 +24,7 @@ from quantbench.anatomy import anatomy
 from quantbench.dormant import _candidates, pictures, survey, tables, verdict
 from quantbench.gallery import compose
 from quantbench.interventions import windows_of
-from quantbench.leaderboard import _escape, _markdown
+from quantbench.markup import escape, markdown
 from quantbench.pretrained import Given
 from quantbench.results import canonical
 
@@ -260,7 +260,7 @@ def sound(body: dict[str, Any]) -> None:
     for title, (header, rows) in tables(record):
         assert rows
         assert all(len(row) == len(header) and all(isinstance(cell, str) for cell in row) for row in rows)
-        assert "NaN" not in _escape(title) + _markdown((header, rows))
+        assert "NaN" not in escape(title) + markdown((header, rows))
     for picture in pictures(record).values():
         assert picture.startswith(b"<?xml")
 

@@ -13,7 +13,7 @@ from checkpoint import model_of, tokenizer_of
 from quantbench.dynamics import counted_in_steps, follow, pictures, step_of, steps, tables
 from quantbench.gallery import compose
 from quantbench.interventions import windows_of
-from quantbench.leaderboard import _escape, _markdown
+from quantbench.markup import escape, markdown
 from quantbench.pretrained import Given, open_model
 from quantbench.results import canonical
 from quantbench.trace import measure
@@ -185,8 +185,8 @@ def sound(body: dict[str, Any]) -> None:
     assert json.loads(canonical(record)) == record
     for title, (header, rows) in tables(record):
         assert all(len(row) == len(header) and all(isinstance(cell, str) for cell in row) for row in rows)
-        assert _escape(title)
-        assert "nan" not in _markdown((header, rows)).lower()
+        assert escape(title)
+        assert "nan" not in markdown((header, rows)).lower()
     (picture,) = pictures(record).values()
     assert picture.startswith(b"<?xml")
     known = {name for at in body["revisions"] for name in SHOWN if at["failed"] is None and at[name] is not None}

@@ -13,8 +13,9 @@ from checkpoint import folder_of
 from tiny import ROOT, quantizer
 from tiny import track as tiny_track
 
-from quantbench import leaderboard, stats
+from quantbench import stats, tables
 from quantbench.bench import Job, experiment, plain
+from quantbench.board import board
 from quantbench.cli import main
 from quantbench.evaluate import Reference, full_precision, quantized
 from quantbench.harness import standard
@@ -192,7 +193,7 @@ def test_a_record_keeps_the_figures_of_every_document(records: dict[str, Record]
 def test_a_reference_is_run_for_the_baseline_alone(records: dict[str, Record]) -> None:
     assert [*records["baseline"]["quantized"]] == ["w8a8-static", "w8a8-token", "w8a8-tensor"]
     assert [*records["prefix-kv"]["quantized"]] == ["w8a8-static", "w8a8-token"]
-    (header, rows), *_ = leaderboard.map_tables(leaderboard.board(list(records.values()))).values()
+    (header, rows), *_ = tables.map_tables(board(list(records.values()))).values()
     (column,) = (i for i, title in enumerate(header) if "tensor" in title and "static" not in title)
     cells = {row[0]: row[column] for row in rows}
     assert cells["prefix-kv"] == "–"
@@ -202,7 +203,7 @@ def test_a_reference_is_run_for_the_baseline_alone(records: dict[str, Record]) -
 
 
 def test_its_row_has_intervals_over_documents(records: dict[str, Record]) -> None:
-    track = leaderboard.board(list(records.values()))
+    track = board(list(records.values()))
     rows = {row.name: row for row in track.rows}
     record = records["baseline"]
     damage = rows["baseline"].quantized("w8a8-static", "damage")
@@ -339,7 +340,7 @@ def test_items_of_two_models_are_compared_one_by_one() -> None:
         exactly, roughly = ({"lm-eval-items": {"arc-easy": items}} for items in (exact, rough))
         return {"full-precision": exactly, "quantized": {"q": roughly}}
 
-    shown = leaderboard._accuracies(record("a", "1100", "1000"), "arc-easy", ["q"])
+    shown = tables.accuracies(record("a", "1100", "1000"), "arc-easy", ["q"])
     assert shown == ["0.50 ± 0.92", "−0.25 ± 0.80"]  # Student's t of 3 degrees; of the differences 0, -1, 0, 0
 
 

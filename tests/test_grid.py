@@ -4,7 +4,9 @@ import pytest
 from synthetic_records import Record, synthetic
 from tiny import ROOT, quantizer
 
-from quantbench import catalog, figures, grid, leaderboard
+from quantbench import catalog, figures, grid, tables
+from quantbench.board import Board
+from quantbench.board import board as board_of
 from quantbench.grid import Cell
 from quantbench.recipe import load_track
 from quantbench.strict import dump
@@ -24,13 +26,13 @@ def run(recipe: str, seed: int, kl: float) -> Record:
 
 
 @pytest.fixture(scope="module")
-def board() -> leaderboard.Board:
+def board() -> Board:
     """relu's KL is half the baseline's, up to one part in a hundred; gate's is all over the place."""
     spread = (1.0, 1.01, 0.99, 1.005, 0.995)
     records = [run("baseline", seed, 0.1 * x) for seed, x in enumerate(spread)]
     records += [run("relu-attn", seed, 0.05 * x) for seed, x in enumerate(reversed(spread))]
     records += [run("gated", seed, 0.1 / x) for seed, x in enumerate(spread)]
-    return leaderboard.board(records)
+    return board_of(records)
 
 
 def test_the_catalog_fills_the_map() -> None:
@@ -56,21 +58,21 @@ def test_what_differs_in_anything_else_is_no_cell(changes: dict[str, object]) ->
     assert grid.cells({"one": fields("w8a8-static", **changes)}) == {}
 
 
-def test_cells_say_damage_and_the_ratio_and_mark_what_separates(board: leaderboard.Board) -> None:
-    tables = leaderboard.map_tables(board)
-    assert list(tables) == [8]
-    header, rows = tables[8]
+def test_cells_say_damage_and_the_ratio_and_mark_what_separates(board: Board) -> None:
+    found = tables.map_tables(board)
+    assert list(found) == [8]
+    header, rows = found[8]
     assert header == ["recipe", "static", "static, residual"]
     assert {name: cells for name, *cells in rows} == {
         "relu-attn": ["0.0250 (× 0.500 †)", "0.00250 (× 0.500 †)"],
         "baseline": ["0.0500", "0.00500"],
         "gated": ["0.0500 (× 1.00)", "0.00500 (× 1.00)"],
     }
-    assert leaderboard.separating(board).endswith("W8A8 static: relu-attn; W8A8 static, residual: relu-attn.")
+    assert tables.separating(board).endswith("W8A8 static: relu-attn; W8A8 static, residual: relu-attn.")
 
 
-def test_the_picture_is_drawn_once_for_all(board: leaderboard.Board) -> None:
-    columns, rows = leaderboard._heat(board)
+def test_the_picture_is_drawn_once_for_all(board: Board) -> None:
+    columns, rows = tables.heat(board)
     assert columns == ["W8A8 static", "W8A8 static, residual"]
     assert [name for name, _ in rows] == [row.name for row in board.rows]
     drawn = figures.heat(columns, rows)
@@ -82,4 +84,4 @@ def test_the_picture_is_drawn_once_for_all(board: leaderboard.Board) -> None:
 
 
 def test_a_track_without_a_map_has_no_section() -> None:
-    assert leaderboard.map_tables(leaderboard.board([synthetic("baseline", seed) for seed in range(3)])) == {}
+    assert tables.map_tables(board_of([synthetic("baseline", seed) for seed in range(3)])) == {}

@@ -17,14 +17,15 @@ import pytest
 import scipy.stats
 from synthetic_records import Record, diverged, synthetic
 
-from quantbench import leaderboard, numerals, stats
-from quantbench.leaderboard import BEGIN, END, board
+from quantbench import leaderboard, numerals, stats, tables
+from quantbench.board import Row, board
+from quantbench.leaderboard import BEGIN, END
 from quantbench.results import ResultsError, read_all, write
 
 ROOT = Path(__file__).parents[1]
 
 
-def rows_of(records: list[Record]) -> dict[str, leaderboard.Row]:
+def rows_of(records: list[Record]) -> dict[str, Row]:
     return {row.name: row for row in board(records).rows}
 
 
@@ -142,7 +143,7 @@ def test_rows_are_ranked_by_damage_and_the_ratio_is_of_kl() -> None:
     assert [(row.rank, row.name) for row in track.rows] == [(1, "gated-attn"), (2, "baseline"), (3, "registers")]
     compared = track.rows[0].comparisons["w8a8-static"]
     assert math.exp(compared.difference.mean) == pytest.approx(0.5)
-    header, cells = leaderboard.main_table(track)
+    header, cells = tables.main_table(track)
     line = dict(zip(header, cells[0], strict=True))
     assert line["damage w8a8-static"] == "0.0520 ± 0.0071"
     assert line["KL ratio"].startswith("0.500 [")
@@ -172,7 +173,7 @@ def test_diverged_rows_come_last_with_their_reason() -> None:
     assert [row.rank for row in track.rows] == [1, None, None]
     assert track.rows[1].notes == ["diverged: seed 2: loss is NaN at step 7", "2 of 5 seeds"]
     assert track.rows[2].notes == ["diverged: seed 0: loss is NaN at step 120"]
-    assert leaderboard.main_table(track)[1][2][2:12] == ["0", *["–"] * 9]
+    assert tables.main_table(track)[1][2][2:12] == ["0", *["–"] * 9]
 
 
 def test_a_track_where_everything_diverged_is_a_table_still() -> None:
@@ -222,7 +223,7 @@ def test_the_share_is_undefined_where_the_damage_may_be_nothing() -> None:
 
 
 def test_numbers_are_printed_to_the_place_their_interval_allows() -> None:
-    plus_minus, plain = leaderboard._plus_minus, numerals.plain
+    plus_minus, plain = numerals.plus_minus, numerals.plain
     assert plus_minus(3.51234, 0.01345) == "3.512 ± 0.013"
     assert plus_minus(-0.00012, 0.00034) == "−0.00012 ± 0.00034"
     assert plus_minus(1294.0, 1046.0) == "1,294 ± 1,046"
@@ -308,16 +309,16 @@ def test_nothing_yet_is_said(tmp_path: Path) -> None:
     assert "No results yet" in files[tmp_path / "results/README.md"].decode()
     assert files[tmp_path / "results/leaderboard.csv"].count(b"\n") == 1
     with pytest.raises(ValueError, match="none yet"):
-        leaderboard.table(tmp_path / "results", "text")
+        tables.table(tmp_path / "results", "text")
 
 
 def test_the_terminal_gets_the_same_rows(tmp_path: Path) -> None:
     some_results(tmp_path)
-    header, rows = leaderboard.table(tmp_path, "text")
+    header, rows = tables.table(tmp_path, "text")
     assert [row[header.index("recipe")] for row in rows] == ["relu-attn", "gated-attn", "sgd", "baseline", "muon"]
     assert {len(row) for row in rows} == {len(header)}
     with pytest.raises(ValueError, match="with results: text"):
-        leaderboard.table(tmp_path, "code")
+        tables.table(tmp_path, "code")
 
 
 def test_hostile_text_stays_text(tmp_path: Path) -> None:

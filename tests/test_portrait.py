@@ -21,7 +21,7 @@ from transformers.masking_utils import sdpa_mask
 
 from quantbench import catalog, figures
 from quantbench.gallery import compose
-from quantbench.leaderboard import _escape, _markdown
+from quantbench.markup import escape, markdown
 from quantbench.metrics import median
 from quantbench.portrait import _text_of, pictures, portrait, tables
 from quantbench.pretrained import Given
@@ -296,7 +296,7 @@ def sound(body: dict[str, Any]) -> None:
         assert title
         assert rows
         assert all(len(row) == len(header) and all(isinstance(cell, str) for cell in row) for row in rows)
-        assert "NaN" not in _escape(title) + _markdown((header, rows))
+        assert "NaN" not in escape(title) + markdown((header, rows))
     (picture,) = pictures(record).values()
     assert picture.startswith(b"<?xml")
 

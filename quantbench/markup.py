@@ -1,0 +1,31 @@
+"""Tables and text as Markdown and CSV have them, so that nothing a record says is taken for markup or a formula."""
+
+import re
+
+Table = tuple[list[str], list[list[str]]]  # a header, and rows of as many cells
+
+
+def escape(text: str) -> str:
+    """Text as Markdown shows it: no cell, tag, link or emphasis can be opened by a title or a reason."""
+    one_line = " ".join(text.split())
+    html = one_line.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    return re.sub(r"([\\`*_{}\[\]|#!~])", r"\\\1", html).replace("://", ":&#47;&#47;")
+
+
+def harmless(text: str) -> str:
+    """Text that no spreadsheet takes for a formula (OWASP: CSV injection)."""
+    one_line = " ".join(text.split())
+    return "'" + one_line if one_line.startswith(("=", "+", "-", "@")) else one_line
+
+
+def markdown(shown: Table) -> str:
+    """A table, its cells escaped; columns of numbers stand at the right."""
+    header, rows = shown
+    numeric = [
+        all(not row[i] or row[i][0] in "0123456789−–<×" or row[i] == "undefined" for row in rows)
+        and header[i] not in ("recipe", "notes")
+        for i in range(len(header))
+    ]
+    lines = [header, ["--:" if right else "---" for right in numeric]]
+    body = [[escape(cell) for cell in row] for row in rows]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in [*lines, *body])
