@@ -25,6 +25,7 @@ from dataclasses import asdict
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from quantbench.markup import Table
 from quantbench.numerals import plain, spread
 
 if TYPE_CHECKING:
@@ -37,7 +38,6 @@ if TYPE_CHECKING:
 
 Body = dict[str, Any]
 Say = Callable[[str, int, int, str], None]
-Table = tuple[list[str], list[list[str]]]
 
 WITHOUT = "nothing"  # is zeroed: the whole model
 

@@ -29,6 +29,7 @@ from dataclasses import asdict
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from quantbench.markup import Table
 from quantbench.numerals import NOTHING, plain, spread
 
 if TYPE_CHECKING:
@@ -39,7 +40,6 @@ if TYPE_CHECKING:
 
 Body = dict[str, Any]
 Say = Callable[[str, int, int, str], None]
-Table = tuple[list[str], list[list[str]]]
 Head = tuple[int, int]  # layer, number in it
 
 FIRST = 32  # queries before it see few other keys, so that the sink draws much of them in every head

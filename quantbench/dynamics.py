@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator
 from pathlib import PurePath
 from typing import TYPE_CHECKING, Any
 
+from quantbench.markup import Table
 from quantbench.numerals import NOTHING, plain
 
 if TYPE_CHECKING:
@@ -29,7 +30,6 @@ if TYPE_CHECKING:
 
 Body = dict[str, Any]
 Say = Callable[[str, int, int, str], None]
-Table = tuple[list[str], list[list[str]]]
 
 FIGURES = ("residual-peak", "bos-attention", "value-drain", "delta-logit", "sink-rate")  # metrics of the catalog
 STEP = re.compile(r"(?:step|checkpoint|iter(?:ation)?)[-_]?(\d+)(?!\d*[kKmM])|^(\d+)(?:-unsharded)?$")

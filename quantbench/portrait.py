@@ -25,6 +25,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from quantbench.markup import Table
 from quantbench.numerals import NOTHING, plain
 from quantbench.strict import quote
 
@@ -38,7 +39,6 @@ if TYPE_CHECKING:
 
 Body = dict[str, Any]
 Say = Callable[[str, int, int, str], None]
-Table = tuple[list[str], list[list[str]]]
 
 BATCH = 4  # windows a pass, at most
 PASS = 1 << 28  # bytes of scores and logits a pass
