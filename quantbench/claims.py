@@ -18,6 +18,7 @@ from typing import Any
 
 from quantbench import stats
 from quantbench.markup import Table, escape, markdown
+from quantbench.numerals import NOTHING
 from quantbench.relation import finished
 from quantbench.results import BASELINE, Record, read_all, read_probes
 from quantbench.signatures import (
@@ -76,10 +77,14 @@ class Rule:
         found = list(values)
         interval = stats.t_interval(found)
         if interval is None:
-            return f"{HOLDS if self.low < found[0] < self.high else FAILS} (one seed)"
+            return f"{HOLDS if self.obeyed(found) else FAILS} (one seed)"
         if self.low < interval.low and interval.high < self.high:
             return HOLDS
         return FAILS if interval.high < self.low or interval.low > self.high else OPEN
+
+    def obeyed(self, values: Iterable[float]) -> int:
+        """How many values obey: what an interval hides where a figure ranges over powers of ten."""
+        return sum(self.low < value < self.high for value in values)
 
 
 def above(limit: float) -> Rule:
@@ -102,6 +107,7 @@ class Row:
     rule: str
     values: Seeds
     verdict: str
+    obeyed: int | None = None  # by how many seeds
     note: str = ""  # what stands in the place of a measured figure
 
     @property
@@ -328,7 +334,8 @@ def rows(known: Evidence) -> list[Row]:
     for claim in CLAIMS:
         if claim.layers[0] <= layers <= claim.layers[1] and (values := claim.measure(known)):
             verdict = claim.rule.judge(values.values())
-            found.append(Row(claim.name, claim.text, claim.published, str(claim.rule), values, verdict))
+            obeyed = claim.rule.obeyed(values.values())
+            found.append(Row(claim.name, claim.text, claim.published, str(claim.rule), values, verdict, obeyed))
     return found + [row for lever in LEVERS if (row := _dissociation(known, lever)) is not None]
 
 
@@ -356,7 +363,7 @@ def _dissociation(known: Evidence, lever: str) -> Row | None:
         f"gone: below {NO_SINK}, above {NO_DRAIN}, below {NO_PEAK}",
         {},
         verdict,
-        shown,
+        note=shown,
     )
 
 
@@ -371,9 +378,8 @@ def theory_rows() -> list[Row]:
 
     def row(name: str, claim: str, published: str, key: str, rule: Rule) -> Row:
         value = found[key]
-        return Row(
-            name, claim, published, str(rule), {}, HOLDS if rule.low < value < rule.high else FAILS, _shown(value)
-        )
+        verdict = HOLDS if rule.obeyed([value]) else FAILS
+        return Row(name, claim, published, str(rule), {}, verdict, note=_shown(value))
 
     late, early = "slope 1e6 to 1e8", "slope 1e4 to 1e6"
     rate, stops = found["drain rate, eigenvalue"], found["y of the minimum"]
@@ -394,12 +400,22 @@ def theory_rows() -> list[Row]:
 
 # --- shown ------------------------------------------------------------------------------------------------------------
 
-HEADER = ["claim", "published", "holds if", "measured", "verdict"]
+HEADER = ["claim", "published", "holds if", "measured", "seeds that obey", "verdict"]
 
 
 def table(rows: Iterable[Row]) -> Table:
     """Rows as a header and cells."""
-    return HEADER, [[row.claim, row.published, row.rule, row.measured, row.verdict] for row in rows]
+    return HEADER, [[row.claim, row.published, row.rule, row.measured, _of_seeds(row), row.verdict] for row in rows]
+
+
+def _of_seeds(row: Row) -> str:
+    return NOTHING if row.obeyed is None else f"{row.obeyed} of {len(row.values)}"
+
+
+def _counted(rows: list[Row]) -> str:
+    """How many claims hold, fail, and are not decided."""
+    counts = [sum(row.verdict.startswith(verdict) for row in rows) for verdict in (HOLDS, FAILS, OPEN)]
+    return f"Of {len(rows)} claims {counts[0]} hold, {counts[1]} fail, {counts[2]} are not decided."
 
 
 def plain(found: Mapping[str, list[Row]]) -> dict[str, Any]:
@@ -411,7 +427,7 @@ def plain(found: Mapping[str, list[Row]]) -> dict[str, Any]:
 def _plain(row: Row) -> dict[str, Any]:
     seeds = {str(seed): value for seed, value in row.values.items()}
     words = {"name": row.name, "claim": row.claim, "published": row.published, "rule": row.rule}
-    return {**words, "measured": row.measured, "seeds": seeds, "verdict": row.verdict}
+    return {**words, "measured": row.measured, "seeds": seeds, "obeyed": row.obeyed, "verdict": row.verdict}
 
 
 def probe_table(records: list[Record]) -> Table:
@@ -445,9 +461,10 @@ INTRODUCTION = """# The claims of arXiv:2410.13835, held against the records
 Rendered by `quantbench leaderboard` from the records in this folder; never edited. `quantbench claims` prints it,
 `quantbench bench` and `quantbench probe` make the records. A claim *holds* where the whole 95% interval over seeds
 obeys the rule, *fails* where none of it does, and is *not decided at this size* otherwise; the rules were written
-before the runs. *sink*: attention to BOS at queries that are no triggers, of the layer where it is largest. *drain*:
-what BOS would add to the stream over what other tokens would, of the layer where it is smallest. *peak*: norm of BOS
-over the median token, at the block where it is largest."""
+before the runs. Where a figure ranges over powers of ten the interval says little: look at the *seeds that obey*.
+*sink*: attention to BOS at queries that are no triggers, of the layer where it is largest. *drain*: what BOS would
+add to the stream over what other tokens would, of the layer where it is smallest. *peak*: norm of BOS over the median
+token, at the block where it is largest."""
 
 
 def render(results_root: Path) -> dict[Path, bytes]:
@@ -458,7 +475,8 @@ def render(results_root: Path) -> dict[Path, bytes]:
         return {}
     parts = [INTRODUCTION]
     for track, some in found.items():
-        parts += [f"## {escape(_title(runs[track]))} (`{track}`)", escape(_setting(runs[track])), markdown(table(some))]
+        parts += [f"## {escape(_title(runs[track]))} (`{track}`)", escape(_setting(runs[track]))]
+        parts += [_counted(some), markdown(table(some))]
         if any(watched(run) for by_seed in runs[track].values() for run in by_seed.values()):
             parts.append(f"![Risks, attention to BOS, delta logit, values and norms over steps]({track}/dynamics.svg)")
     parts += [
@@ -483,11 +501,18 @@ def _setting(runs: Mapping[str, Mapping[int, Record]]) -> str:
     track = next(run["track"]["resolved"] for by_seed in runs.values() for run in by_seed.values())
     model = track["model"]
     seeds = ", ".join(f"{recipe} {len(by_seed)}" for recipe, by_seed in sorted(runs.items()))
-    rates = ", ".join(f"{r} {next(iter(by.values()))['recipe']['resolved']['lr']:g}" for r, by in sorted(runs.items()))
+    rates = ", ".join(f"{name} {_rate(next(iter(by.values()))):g}" for name, by in sorted(runs.items()))
     return (
-        f"{model['layers']} layers, width {model['width']}, batch {track['batch']}, {track['length']} tokens, "
+        f"{model['layers']} layer{'s' * (model['layers'] > 1)}, width {model['width']}, batch {track['batch']}, {track['length']} tokens, "
         f"{track['steps']:,} steps. Learning rates: {rates}. Seeds: {seeds}."
     )
+
+
+def _rate(run: Record) -> float:
+    """The learning rate a run was trained at: a control scales the one that it states."""
+    resolved = run["recipe"]["resolved"]
+    scales = [fields.get("lr-scale", 1.0) for fields in (resolved.get("mitigations") or {}).values()]
+    return float(resolved["lr"] * math.prod(scales))
 
 
 def _estimate(values: Seeds) -> str:

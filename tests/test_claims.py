@@ -299,6 +299,24 @@ def test_the_verb_prints_a_table_or_one_json_object(
     assert "run `quantbench bench baseline sgd relu-attn --track smoke`" in err
 
 
+def test_seeds_that_obey_are_counted_where_an_interval_over_powers_of_ten_hides_them() -> None:
+    rule, values = below(1.5), [1.6, 86.0, 100.0, 336.0, 719.0]
+    assert rule.judge(values) == OPEN
+    assert rule.obeyed(values) == 0
+    assert rule.obeyed([1.0, *values]) == 1
+    found = {line[0]: line[4] for line in table(rows(known(imagined(), imagined(seed=1))))[1]}
+    assert found["Softmax and Adam form a sink"] == "2 of 2"
+
+
+def test_the_rate_of_a_control_is_what_it_was_trained_at(tmp_path: Path) -> None:
+    control = imagined("baseline-low-lr")
+    control["recipe"]["resolved"]["mitigations"] = {"adamw": {"lr-scale": 0.5}}
+    for record in (imagined(), control):
+        write(tmp_path, record, {})
+    leaderboard.write(tmp_path)
+    assert "Learning rates: baseline 0.003, baseline-low-lr 0.0015." in (tmp_path / "claims.md").read_text()
+
+
 def test_a_table_has_a_cell_for_every_column() -> None:
     header, lines = table(rows(known(imagined())) + claims.theory_rows())
     assert {len(line) for line in lines} == {len(header)}
