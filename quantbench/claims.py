@@ -503,7 +503,8 @@ def _setting(runs: Mapping[str, Mapping[int, Record]]) -> str:
     seeds = ", ".join(f"{recipe} {len(by_seed)}" for recipe, by_seed in sorted(runs.items()))
     rates = ", ".join(f"{name} {_rate(next(iter(by.values()))):g}" for name, by in sorted(runs.items()))
     return (
-        f"{model['layers']} layer{'s' * (model['layers'] > 1)}, width {model['width']}, batch {track['batch']}, {track['length']} tokens, "
+        f"{model['layers']} layer{'s' * (model['layers'] > 1)}, width {model['width']}, "
+        f"batch {track['batch']}, {track['length']} tokens, "
         f"{track['steps']:,} steps. Learning rates: {rates}. Seeds: {seeds}."
     )
 
