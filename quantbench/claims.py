@@ -143,9 +143,17 @@ class Evidence:
         return {seed: value for seed, value in found.items() if value is not None and math.isfinite(value)}
 
     def structure(self, track: str, figure: Figure) -> Seeds:
-        """The baseline's figure on another track over that on this one, seed by seed."""
-        there = _each(self.others.get(track, {}).get(BASELINE, {}), figure)
-        return _ratio(there, self.of(BASELINE, figure))
+        """The baseline's figure on another track over that on this one, seed by seed: whole blocks, like budgets."""
+        there, here = self.others.get(track, {}).get(BASELINE, {}), self.runs.get(BASELINE, {})
+        budgets = {_budget(run) for runs in (there, here) for run in runs.values()}
+        whole = not any(run["track"]["resolved"]["model"].get("sublayers") for run in here.values())
+        return _ratio(_each(there, figure), _each(here, figure)) if whole and len(budgets) == 1 else {}
+
+
+def _budget(run: Record) -> tuple[Any, ...]:
+    """What two tracks must share for their structures to be compared."""
+    track = run["track"]["resolved"]
+    return track["model"]["width"], *(track.get(key) for key in ("lr", "steps", "batch", "length"))
 
 
 def _each(records: Mapping[int, Record], figure: Figure) -> Seeds:

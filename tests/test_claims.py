@@ -199,6 +199,22 @@ def test_structures_are_compared_seed_by_seed() -> None:
     assert evidence.structure("bb-2tf-mlp", signatures.excess) == {}
 
 
+@pytest.mark.parametrize("changed", [{"steps": 10_000}, {"model": {"layers": 3, "width": 256}}])
+def test_structures_of_another_budget_are_not_compared(changed: dict[str, Any]) -> None:
+    """`bb-paper-3layer` has ten times the steps of the structures at CPU size."""
+    base, other = imagined(), imagined(track="bb-2tf")
+    base["track"]["resolved"] |= changed
+    evidence = Evidence(TRACK, {"baseline": {0: base}}, {}, {"bb-2tf": {"baseline": {0: other}}})
+    assert evidence.structure("bb-2tf", signatures.excess) == {}
+
+
+def test_a_structure_is_not_held_against_a_structure() -> None:
+    base, other = imagined(), imagined(track="bb-2tf")
+    base["track"]["resolved"]["model"]["sublayers"] = ["mlp", "block", "mlp"]
+    evidence = Evidence(TRACK, {"baseline": {0: base}}, {}, {"bb-2tf": {"baseline": {0: other}}})
+    assert evidence.structure("bb-2tf", signatures.excess) == {}
+
+
 # --- rows -------------------------------------------------------------------------------------------------------------
 
 
