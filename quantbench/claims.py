@@ -293,6 +293,13 @@ CLAIMS = (
 )  # fmt: skip
 
 
+THREE = {  # signature -> its figure, what it obeys where it is there, and where it is gone
+    "sink": (sink, above(SINK), below(NO_SINK)),
+    "drain": (drain, below(DRAIN), above(NO_DRAIN)),
+    "peak": (peak, above(PEAK), below(NO_PEAK)),
+}
+
+
 def examine(results_root: Path, track: str | None = None) -> dict[str, list[Row]]:
     """Track -> its rows, of every track (or of the one named) whose records can answer a claim.
 
@@ -348,19 +355,11 @@ def rows(known: Evidence) -> list[Row]:
 
 
 def _dissociation(known: Evidence, lever: str) -> Row | None:
-    """Whether the three come and go together under a lever: each is there, is not there, or cannot be told."""
-    judged = {
-        "sink": (known.of(lever, sink), above(SINK), below(NO_SINK)),
-        "drain": (known.of(lever, drain), below(DRAIN), above(NO_DRAIN)),
-        "peak": (known.of(lever, peak), above(PEAK), below(NO_PEAK)),
-    }
-    if not all(values for values, _, _ in judged.values()) or not known.of(BASELINE, sink):
+    """Whether the three come and go together under a lever; None where the baseline has not all of them."""
+    states = _states(known, lever)
+    if len(states) < len(THREE) or list(_states(known, BASELINE).values()) != ["there"] * len(THREE):
         return None
-    states = {}
-    for name, (values, there, gone) in judged.items():
-        yes, no = (rule.judge(values.values()).startswith(HOLDS) for rule in (there, gone))
-        states[name] = "there" if yes else "gone" if no else "between"
-    shown = "; ".join(f"{name} {states[name]} ({_estimate(judged[name][0])})" for name in judged)
+    shown = "; ".join(f"{name} {states[name]} ({_estimate(known.of(lever, THREE[name][0]))})" for name in THREE)
     apart = {"there", "gone"} <= set(states.values())
     verdict = FAILS if apart else HOLDS if len(set(states.values())) == 1 and "between" not in states.values() else OPEN
     return Row(
@@ -373,6 +372,16 @@ def _dissociation(known: Evidence, lever: str) -> Row | None:
         verdict,
         note=shown,
     )
+
+
+def _states(known: Evidence, recipe: str) -> dict[str, str]:
+    """Each of the three is there, is gone, or lies between; empty for one that no run of the recipe has."""
+    found = {}
+    for name, (figure, there, gone) in THREE.items():
+        if values := known.of(recipe, figure):
+            yes, no = (rule.judge(values.values()).startswith(HOLDS) for rule in (there, gone))
+            found[name] = "there" if yes else "gone" if no else "between"
+    return found
 
 
 # --- theory -----------------------------------------------------------------------------------------------------------

@@ -238,6 +238,13 @@ def test_verdicts_of_imagined_runs() -> None:
     assert found["sink"].measured == "0.900 [0.900, 0.900], 3 seeds"
 
 
+def test_a_lever_cannot_part_what_the_baseline_has_not() -> None:
+    """In one layer there is no peak to begin with: that it is gone is no doing of SGD's."""
+    flat = {"residual-bos": [10.0] * 3}
+    runs = [imagined(recipe, seed, **flat) for recipe in ("baseline", "sgd") for seed in range(3)]
+    assert "together-sgd" not in by_name(known(*runs))
+
+
 def test_what_nobody_has_run_is_no_row() -> None:
     found = by_name(known(imagined()))
     assert not [name for name in found if name.startswith(("sgd", "relu", "block-0", "together"))]
