@@ -72,7 +72,7 @@ class Job:
     def lr(self) -> float:
         return self.recipe.lr.get(self.track_name, self.track.lr)
 
-    @property
+    @cached_property
     def quantizers(self) -> dict[str, Any]:
         """Those of the track that this recipe goes through."""
         spared = () if self.recipe_name == BASELINE else self.track.baseline_only

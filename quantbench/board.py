@@ -19,6 +19,7 @@ from quantbench import stats
 from quantbench.numerals import plus_minus
 from quantbench.results import BASELINE, Record, comparable, rank_by
 
+LEARNED_LESS, PARETO = "learned less", "Pareto"  # notes that `answer` reads
 SIGNATURES = ("residual-peak", "bos-attention", "value-drain")
 
 
@@ -176,7 +177,7 @@ def _compare(ranked: list[Row], quantizers: list[str], ranking: str) -> None:
     learned = stats.with_control(losses, BASELINE)
     for row in ranked:
         if row.name in learned and learned[row.name].difference.low > 0:
-            row.notes.append("learned less")
+            row.notes.append(LEARNED_LESS)
 
 
 def _losses(row: Row) -> dict[int, float]:
@@ -198,7 +199,7 @@ def _note_front(ranked: list[Row], ranking: str) -> None:
         loss = value_of(row.full("loss"))
         if loss < lowest:
             lowest = loss
-            row.notes.insert(0, "Pareto")
+            row.notes.insert(0, PARETO)
 
 
 def _note_environments(rows: list[Row]) -> None:

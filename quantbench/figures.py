@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from quantbench.numerals import estimate, hundredths
 from quantbench.relation import finished, point, post_hoc
 from quantbench.results import BASELINE, Record
 
@@ -71,7 +72,7 @@ def relations(records: list[Record], figures: dict[str, Any]) -> bytes | None:
         for axes, quantizer in zip(grid.flat, shown, strict=False):
             _scatter(axes, runs, quantizer)
             rho = figures[quantizer]["residual-peak"]["rho"]
-            axes.set_title(f"{quantizer}   ρ {_signed(rho['estimate'])}" if rho else quantizer, loc="left")
+            axes.set_title(f"{quantizer}   ρ {hundredths(rho['estimate'])}" if rho else quantizer, loc="left")
         for axes in grid.flat[len(shown) :]:
             axes.set_visible(False)
         for axes in grid.flat[max(0, len(shown) - columns) : len(shown)]:
@@ -473,12 +474,7 @@ def _in_words(figures: dict[str, Any]) -> str:
     count = f"{figures['recipes']} recipes, {figures['n']} runs"
     if rho is None:
         return count
-    limits = "" if rho["low"] is None else f" [{_signed(rho['low'])}, {_signed(rho['high'])}]"
-    return f"Spearman ρ {_signed(rho['estimate'])}{limits}, {count}"
-
-
-def _signed(value: float) -> str:
-    return f"{value:.2f}".replace("-", "−")
+    return f"Spearman ρ {estimate(rho)}, {count}"
 
 
 @contextmanager
@@ -634,8 +630,8 @@ def head_map(differences: list[list[float]], framed: list[tuple[int, int, bool]]
             )  # fmt: skip
             if heads <= 16:
                 difference = differences[layer][head]
-                ink = "white" if abs(difference) > 0.7 * largest else "black"
-                axes.text(head, layer, _signed(difference), ha="center", va="center_baseline", fontsize=5.5, color=ink)
+                ink, shown = "white" if abs(difference) > 0.7 * largest else "black", hundredths(difference)
+                axes.text(head, layer, shown, ha="center", va="center_baseline", fontsize=5.5, color=ink)
         for axis, name in ((axes.xaxis, "head"), (axes.yaxis, "layer")):
             _whole_ticks(axis)
             axis.set_label_text(name)

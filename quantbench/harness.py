@@ -16,6 +16,7 @@ import random
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import redirect_stderr
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -117,6 +118,7 @@ def _stock(name: str, cache: Path) -> tuple[str, Any]:
     return STANDARD[name], manager.load({"group": "standard", "task": [mine]})["tasks"][STANDARD[name]]
 
 
+@cache
 def _that_name(name: str) -> Any:
     """lm-eval's tasks of the folders that name this one: to read all of them takes a minute."""
     from lm_eval.tasks import TaskManager

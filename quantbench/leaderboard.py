@@ -224,8 +224,8 @@ def _csv(boards: Iterable[Board]) -> bytes:
                     _digits(value_of(row.quantized(quantizer, "kl"))),
                 ]
                 compared = row.comparisons.get(quantizer)
-                logs = [compared.difference.mean, compared.difference.low, compared.difference.high] if compared else []
-                cells += [_digits(math.exp(value)) for value in logs] or [""] * 3
+                ratio = compared and compared.ratio
+                cells += [_digits(value) for value in (ratio.mean, ratio.low, ratio.high)] if ratio else [""] * 3
                 shares = [row.share(quantizer, exempt) for exempt in ("extreme", "random")]
                 cells += [_digits(compared.p) if compared else ""]
                 cells += [share if isinstance(share, str) else _digits(share) for share in shares]

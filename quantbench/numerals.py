@@ -27,6 +27,20 @@ def plus_minus(value: float, half_width: float | None) -> str:
     return f"{value:,.{places}f} ± {half_width:,.{places}f}".replace("-", "−")
 
 
+def hundredths(value: float) -> str:
+    """Two digits after the point, with a true minus sign."""
+    return f"{value:.2f}".replace("-", "−")
+
+
+def estimate(found: Mapping[str, float | None] | None) -> str:
+    """{estimate, low, high} in hundredths; without limits where there are none."""
+    if found is None or found["estimate"] is None:
+        return NOTHING
+    low, high = found["low"], found["high"]
+    limits = "" if low is None or high is None else f" [{hundredths(low)}, {hundredths(high)}]"
+    return f"{hundredths(found['estimate'])}{limits}"
+
+
 def signed(value: float | None, digits: int = 4) -> str:
     """With its sign, also where it is above 0."""
     return NOTHING if value is None else f"{value:+.{digits}f}".replace("-", "−")

@@ -53,6 +53,11 @@ class Comparison:
         """Whether the interval leaves out 0."""
         return not self.difference.low <= 0 <= self.difference.high
 
+    @property
+    def ratio(self) -> Interval:
+        """Of a difference of logarithms: the ratio, and its limits."""
+        return Interval(*(math.exp(x) for x in (self.difference.mean, self.difference.low, self.difference.high)))
+
 
 def t_interval(values: Sequence[float]) -> Interval | None:
     """Student's interval of the mean; None below two values."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 from quantbench import grid, relation
 from quantbench.board import SIGNATURES, Board, Mean, Row, board, dig, mean_of, value_of
 from quantbench.markup import Table
-from quantbench.numerals import plain
+from quantbench.numerals import estimate, hundredths, plain
 from quantbench.results import BASELINE, Record, comparable, digests, read_all
 
 WIDE = 8  # columns of a table of quantizers
@@ -81,12 +80,12 @@ def _placed(track: Board) -> dict[grid.Cell, str]:
 
 def _cell(row: Row, quantizer: str) -> str:
     """Mean damage and, but for the baseline, the ratio of KLs, marked where it separates."""
-    damage, ratio = row.quantized(quantizer, "damage"), row.comparisons.get(quantizer)
+    damage, compared = row.quantized(quantizer, "damage"), row.comparisons.get(quantizer)
     shown = "–" if damage is None else plain(damage.value)
-    if row.name == BASELINE or ratio is None:
+    if row.name == BASELINE or compared is None:
         return shown
-    times = f"× {plain(math.exp(ratio.difference.mean))}"
-    return f"{shown} ({times}{' †' if ratio.separates else ''})"
+    times = f"× {plain(compared.ratio.mean)}"
+    return f"{shown} ({times}{' †' if compared.separates else ''})"
 
 
 def heat(track: Board) -> tuple[list[str], list[tuple[str, list[tuple[float, str, bool]]]]]:
@@ -98,10 +97,10 @@ def heat(track: Board) -> tuple[list[str], list[tuple[str, list[tuple[float, str
         if row.records:
             boxes = []
             for name in mine.values():
-                ratio = row.comparisons.get(name)
-                known = ratio is not None and row.name != BASELINE
-                text = plain(math.exp(ratio.difference.mean)) if ratio is not None and known else ""
-                boxes.append((value_of(row.quantized(name, "damage")), text, ratio is not None and ratio.separates))
+                damage, compared = value_of(row.quantized(name, "damage")), row.comparisons.get(name)
+                known = compared is not None and row.name != BASELINE
+                text = plain(compared.ratio.mean) if compared is not None and known else ""
+                boxes.append((damage, text, compared is not None and compared.separates))
             rows.append((row.name, boxes))
     return columns, rows
 
@@ -177,7 +176,7 @@ def relation_table(related: dict[str, Any]) -> Table:
             if found["n"] > 2 and predictor in relation.PREDICTORS:
                 counts = [str(found[name]) for name in ("n", "recipes", "clusters")]
                 r2 = found["leave-one-recipe-out-r2"]
-                rows.append([quantizer, predictor, *counts, *(_estimate(found[name]) for name in names), plain(r2)])
+                rows.append([quantizer, predictor, *counts, *(estimate(found[name]) for name in names), plain(r2)])
     return header, rows
 
 
@@ -196,7 +195,7 @@ def _rank_correlation(rho: dict[str, Any] | None) -> str:
     if rho is None:
         return "–"
     apart = rho["low"] is not None and not rho["low"] <= 0 <= rho["high"]
-    return f"{rho['estimate']:.2f}{' †' if apart else ''}".replace("-", "−")
+    return f"{hundredths(rho['estimate'])}{' †' if apart else ''}"
 
 
 def table(results_root: Path, track: str) -> Table:
@@ -293,35 +292,25 @@ def _figure(mean: Mean | None) -> str:
     return "–" if mean is None else plain(mean.value)
 
 
-def _estimate(found: dict[str, float | None] | None) -> str:
-    if found is None or found["estimate"] is None:
-        return "–"
-    low, high = found["low"], found["high"]
-    limits = "" if low is None or high is None else f" [{low:.2f}, {high:.2f}]"
-    return f"{found['estimate']:.2f}{limits}".replace("-", "−")
-
-
 def _ratio(row: Row, quantizer: str) -> tuple[str, str]:
     if row.name == BASELINE:
         return "1", ""
     compared = row.comparisons.get(quantizer)
     if compared is None:
         return "–", "–"
-    mean, low, high = (
-        math.exp(x) for x in (compared.difference.mean, compared.difference.low, compared.difference.high)
-    )
+    ratio = compared.ratio
     p = "<0.0001" if compared.p < 1e-4 else f"{compared.p:.4f}" if compared.p < 0.1 else f"{compared.p:.2f}"
-    return f"{plain(mean)} [{plain(low)}, {plain(high)}]", p
+    return f"{plain(ratio.mean)} [{plain(ratio.low)}, {plain(ratio.high)}]", p
 
 
 def _share(row: Row, quantizer: str) -> str:
     carried, control = row.share(quantizer, "extreme"), row.share(quantizer, "random")
     if carried is None or isinstance(carried, str):
         return carried or "–"
-    shown, limits = f"{carried:.2f}", row.share_interval(quantizer, "extreme")
+    shown, limits = hundredths(carried), row.share_interval(quantizer, "extreme")
     if limits is not None:
-        shown += f" [{limits.low:.2f}, {limits.high:.2f}]"
-    return (f"{shown} ({control:.2f})" if isinstance(control, float) else shown).replace("-", "−")
+        shown += f" [{hundredths(limits.low)}, {hundredths(limits.high)}]"
+    return f"{shown} ({hundredths(control)})" if isinstance(control, float) else shown
 
 
 def _relative(row: Row, base: Row | None) -> str:

@@ -64,3 +64,10 @@ def test_none_survives() -> None:
         "Under w8a8-static, 0 of 1 lose less than the baseline. 1 cannot be"
     )
     assert "What do they cost?" not in found
+
+
+def test_where_all_that_survive_learned_less_there_are_no_others() -> None:
+    found = said(runs("slow", 0.125, loss=3.5))["What do they cost?"]
+    assert found == (
+        "Of these, slow learned less than the baseline in full precision. On the Pareto front of loss and damage: slow."
+    )
