@@ -67,8 +67,9 @@ def ablate(
     chosen = sorted(set(range(len(parts.blocks)) if layers is None else layers))
     if outside := [layer for layer in chosen if layer >= len(parts.blocks)]:
         raise ValueError(f"--layers {outside[0]}: this model has layers 0 to {len(parts.blocks) - 1}")
-    if missing := [name for name in SUBLAYERS if name not in parts.joins]:
-        raise ValueError(f"this model does not show where its {' and its '.join(missing)} joins the residual stream")
+    targets = [(layer, part) for layer in chosen for part in SUBLAYERS if layer in parts.joins[part]]
+    if not targets:
+        raise ValueError("this model does not show where attention and MLP join the residual stream")
     read = windows_of(given, documents, length, windows, parts.room)
 
     whole, before = _Course(parts), []
@@ -81,7 +82,7 @@ def ablate(
                          "shorter windows (--length)")  # fmt: skip
     sink, peak = whole.sink(), whole.peak()
 
-    courses = {(layer, part): _Course(parts) for layer in chosen for part in SUBLAYERS}
+    courses = {target: _Course(parts) for target in targets}
     losses: dict[tuple[int, str], list[float]] = {at: [] for at in courses}
     count, done = len(read) * len(courses), 0
     for ids_T in read:
@@ -139,8 +140,7 @@ class _Course:
         """For `trace.hooked`: of the blocks from `first` on."""
         for layer in range(first, len(self.parts.blocks)):
             yield self.parts.blocks[layer], partial(self._residual, layer), False
-            if self.parts.heads:
-                heads = self.parts.heads[layer]
+            if (heads := self.parts.heads.get(layer)) is not None:
                 yield heads.weights, partial(self._attention, layer), False
                 yield heads.values, partial(self._values, layer, heads.output), False
 
@@ -193,7 +193,7 @@ class _Course:
 
         def merged(name: str) -> "list[Tensor]":
             means: list[LayerMean] = [getattr(whole, name), getattr(self, name)]
-            return [means[layer >= first].mean(layer) for layer in range(len(self.parts.blocks))]
+            return [means[layer >= first].mean(layer) for layer in sorted(means[0].sums)]
 
         norms = [float(norms_T[sink]) for norms_T in merged("norms")]
         body: Body = {

@@ -71,20 +71,15 @@ class Anatomy:
     embedding: nn.Module  # its output is the residual stream before the first block
     blocks: list[nn.Module]  # a block's output (or the first of a tuple) is the residual stream after it
     head: nn.Linear
-    heads: list[Heads]  # one a block that has attention; empty where the model has no sites inside its attention
+    heads: dict[int, Heads]  # layer -> of a block that has attention, in order; empty where the model does not show it
     places: dict[str, dict[str, nn.Module]]  # kind of site -> place -> the module whose output passes there
     stream: Stream | None = None  # None where norms do not stand in front of the sublayers
     front: int = 0  # learned tokens before every sequence: positions of the stream, the last of them before BOS
     room: int | None = None  # how many tokens learned positions are for; None where there are none
-    joins: dict[str, list[nn.Module]] = field(default_factory=dict)  # of SUBLAYERS, a block each: its output joins the
+    joins: dict[str, dict[int, nn.Module]] = field(
+        default_factory=dict
+    )  # of SUBLAYERS, layer -> whose output joins the
     # stream; that, or the first of a tuple
-    attentive: tuple[int, ...] | None = None  # which blocks have attention; None: all
-
-    @property
-    def attentions(self) -> list[tuple[int, Heads]]:
-        """(layer, heads) of every block that shows its attention, in order."""
-        layers = range(len(self.heads)) if self.attentive is None else self.attentive
-        return list(zip(layers, self.heads, strict=True)) if self.heads else []
 
     def sites(self, kind: str) -> dict[str, nn.Module]:
         """The places of one kind of SITES but `inputs`; ValueError where the model does not show it."""
@@ -211,9 +206,9 @@ def anatomy(model: Any) -> Anatomy:
 
 
 def _ours(model: Any) -> Anatomy:
-    blocks, attentive = list(model.blocks), tuple(model.config.attentive)
-    attentions = [blocks[layer].attention for layer in attentive]
-    heads = [Heads(a.scores, a.probabilities, a.values, a.out) for a in attentions]
+    blocks, attentive = list(model.blocks), list(model.config.attentive)
+    attentions = {layer: blocks[layer].attention for layer in attentive}
+    heads = {layer: Heads(a.scores, a.probabilities, a.values, a.out) for layer, a in attentions.items()}
     places = {
         "residual": {"attention.residual": "attention_join", "residual": ""},
         "norms": {"attention.norm": "attention_norm", "mlp.norm": "mlp_norm"},
@@ -221,12 +216,14 @@ def _ours(model: Any) -> Anatomy:
     }
     tables = [model.embed] if model.places is None else [model.embed, model.places]
     width = model.config.width
-    gates = [name for name, m in attentions[0].output.named_modules() if getattr(m, "in_features", 0) == width]
+    gates = [
+        name for name, m in attentions[attentive[0]].output.named_modules() if getattr(m, "in_features", 0) == width
+    ]
     reads = {
         "attention_norm": ["attention.qkv", *(f"attention.output.{name}" for name in gates)],
         "mlp_norm": ["mlp.up"],
     }
-    parts = {"attention": list(attentive), "mlp": [n for n in range(len(blocks)) if model.config.has("mlp", n)]}
+    parts = {"attention": attentive, "mlp": [n for n in range(len(blocks)) if model.config.has("mlp", n)]}
 
     def had(path: str) -> list[int]:
         """The blocks that have what is at a path."""
@@ -238,7 +235,7 @@ def _ours(model: Any) -> Anatomy:
     stream = _stream(blocks, tables, reads, model.norm, ["attention.out"], "mlp.down", had)
     room = None if model.places is None else model.config.max_position_embeddings
     front, joins = model.registers, _joins(blocks, SUBLAYERS)
-    return Anatomy(model.embed, model.embedded, blocks, model.head, heads, found, stream, front, room, joins, attentive)
+    return Anatomy(model.embed, model.embedded, blocks, model.head, heads, found, stream, front, room, joins)
 
 
 def _theirs(model: Any, kind: str, known: Architecture) -> Anatomy:
@@ -254,14 +251,14 @@ def _theirs(model: Any, kind: str, known: Architecture) -> Anatomy:
     places = {"residual": {"residual": ""}}
     if known.reads:
         places["norms"] = dict(zip(("attention.norm", "mlp.norm"), known.reads, strict=True))
-    heads = []
+    heads = {}
     attentions = [_at(block, known.attention) for block in blocks]
     if show(model, attentions):
         outputs = [_at(block, known.output) for block in blocks]
-        heads = [
-            Heads(a.sites.scores, a.sites.probabilities, a.sites.spread, output)
-            for a, output in zip(attentions, outputs, strict=True)
-        ]
+        heads = {
+            layer: Heads(a.sites.scores, a.sites.probabilities, a.sites.spread, output)
+            for layer, (a, output) in enumerate(zip(attentions, outputs, strict=True))
+        }
         places |= {at: {f"{known.attention}.{at}": f"{known.attention}.sites.{at}"} for at in HEADS}
     tables = [table, *([_at(model, known.positions)] if known.positions else [])]
     last, stream = _at(model, known.last), None
@@ -348,10 +345,12 @@ def _places(
     return found
 
 
-def _joins(blocks: list[Any], paths: tuple[str, ...]) -> dict[str, list[nn.Module]]:
-    """Sublayer -> the module of each block whose output joins the stream; without one that a block lacks."""
-    found = {name: [_at(block, path) for block in blocks] for name, path in zip(SUBLAYERS, paths, strict=True)}
-    return {name: modules for name, modules in found.items() if None not in modules}
+def _joins(blocks: list[Any], paths: tuple[str, ...]) -> dict[str, dict[int, nn.Module]]:
+    """Sublayer -> layer -> the module whose output joins the stream, of the blocks that have it."""
+    return {
+        name: {layer: part for layer, block in enumerate(blocks) if (part := _at(block, path)) is not None}
+        for name, path in zip(SUBLAYERS, paths, strict=True)
+    }
 
 
 def _stream(

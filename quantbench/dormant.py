@@ -138,11 +138,11 @@ def _look(given: "Given", parts: "Anatomy", read: "dict[str, list[Tensor]]", say
                 alphas.add(layer, alphas_BHK)
                 hits.add(layer, (alphas_BHK > EPSILON).double())
 
-            wires = [(heads.weights, partial(see, layer), False) for layer, heads in enumerate(parts.heads)]
+            wires = [(heads.weights, partial(see, layer), False) for layer, heads in parts.heads.items()]
             ids_BT = ids_T[None].to(given.model.device)
             with full_precision(given.model), hooked(wires):
                 (loss,) = losses(given.model(ids_BT).logits, ids_BT).tolist()
-            attention = [layers[layer] for layer in range(len(parts.heads))]
+            attention = [layers.get(layer, []) for layer in range(len(parts.blocks))]
             if not math.isfinite(loss) or not all(math.isfinite(x) for x in itertools.chain(*attention)):
                 raise ValueError(f"domain {name}: the model gives NaN or infinity in {given.about['dtype']}: measure "
                                  "it in float32, or take shorter windows (--length)")  # fmt: skip

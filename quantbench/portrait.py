@@ -163,7 +163,7 @@ def _measured(
     """One of the two ways: `side`, which is given for both; and, of the main one, what stands at the top."""
     from quantbench import catalog
     from quantbench.metrics import Metric
-    from quantbench.trace import hooked, observe
+    from quantbench.trace import at_layers, hooked, observe
     from quantbench.watchers import Carriers, Largest, Loss
 
     names = catalog.names("metrics") if main else HEADLINES
@@ -186,8 +186,8 @@ def _measured(
         observe(given.model, passing(), [*metrics.values(), carriers], parts)
     told(seen)
 
-    readings = {name: metric.result() for name, metric in metrics.items()}
-    layers = _layers(given, carriers, metrics, readings)
+    readings = {name: at_layers(metric, parts) for name, metric in metrics.items()}
+    layers = _layers(given, parts, carriers, metrics, readings)
     peak = _index(readings["residual-peak"].extra["layer"])
     k = _index(readings["sink-rate"].extra["k"]) if parts.heads else None
     mean = loss.total / loss.tokens
@@ -226,7 +226,11 @@ def _measured(
 
 
 def _layers(
-    given: "Given", carriers: "Carriers", metrics: "dict[str, Metric]", readings: "dict[str, Reading]"
+    given: "Given",
+    parts: "Anatomy",
+    carriers: "Carriers",
+    metrics: "dict[str, Metric]",
+    readings: "dict[str, Reading]",
 ) -> list[Body]:
     """The figures of each layer."""
     ratios = readings["residual-peak"].per_layer
@@ -244,16 +248,16 @@ def _layers(
             "excess": _finite(readings["residual-peak"].extra.get(f"excess.{layer}")),
             **carrier,
             "text": None if carrier["token"] is None else _text(given, carrier["token"]),
-            **_of_the_sink(layer, metrics, readings),
+            **_of_the_sink(layer, parts, metrics, readings),
         })  # fmt: skip
     return found
 
 
-def _of_the_sink(layer: int, metrics: "dict[str, Any]", readings: "dict[str, Reading]") -> Body:
+def _of_the_sink(layer: int, parts: "Anatomy", metrics: "dict[str, Any]", readings: "dict[str, Reading]") -> Body:
     """What a layer's heads do with the sink of the model, and with BOS; means over heads."""
     names = ("bos-attention", "sink-attention", "sink-rate", "value-drain", "value-drain-plain", "delta-logit")
     k = _index(readings["sink-rate"].extra["k"]) if "sink-rate" in readings else None
-    if k is None:
+    if k is None or layer not in parts.heads:
         return dict.fromkeys(names)
     sink, drain, delta = metrics["sink-rate"], metrics["value-drain"], metrics["delta-logit"]
     return {

@@ -103,8 +103,7 @@ def probe(reference: Reference, tell: Callable[[int, int, str], None] = lambda *
 
 def interventions(parts: Anatomy, heads_each: int) -> dict[str, list[Hook]]:
     """Every intervention that the model has a place for, as hooks on its modules; layers have so many heads each."""
-    front = parts.front
-    heads = dict(parts.attentions)
+    front, heads = parts.front, parts.heads
     downs = {} if parts.stream is None else _by_layer(parts, parts.stream.downs)
     found: dict[str, list[Hook]] = {}
     for layer in heads:

@@ -36,14 +36,14 @@ def measure(
     metrics: dict[str, Metric] = {name: load("metrics", name)() for name in names}
     observe(model, batches, list(metrics.values()), parts)
     parts = anatomy(model) if parts is None else parts
-    return {name: _at_layers(metric, parts) for name, metric in metrics.items()}
+    return {name: at_layers(metric, parts) for name, metric in metrics.items()}
 
 
-def _at_layers(metric: Metric, parts: Anatomy) -> Reading:
+def at_layers(metric: Metric, parts: Anatomy) -> Reading:
     """Its reading, in which figures of the attention stand at their layers: None at those that have none."""
     reading = metric.result()
-    if _inside([metric]) and reading.per_layer and len(parts.attentions) < len(parts.blocks):
-        figures = dict(zip((layer for layer, _ in parts.attentions), reading.per_layer, strict=True))
+    if _inside([metric]) and reading.per_layer and len(parts.heads) < len(parts.blocks):
+        figures = dict(zip(parts.heads, reading.per_layer, strict=True))
         reading = replace(reading, per_layer=[figures.get(layer) for layer in range(len(parts.blocks))])
     return reading
 
@@ -154,7 +154,7 @@ def _wires(parts: Anatomy, metrics: Sequence[Metric]) -> list[tuple[nn.Module, W
     if seers := watching("residual"):
         for layer, block in enumerate(parts.blocks):
             wires.append((block, _to_all([m.residual for m in seers], layer), False))
-    for layer, heads in parts.attentions:
+    for layer, heads in parts.heads.items():
         if seers := watching("attention"):
             wires += _attention_wires(heads, [m.attention for m in seers], layer)
         if seers := watching("values"):

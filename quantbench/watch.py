@@ -82,7 +82,7 @@ class _Pass:
         wires: list[tuple[nn.Module, Watcher, bool]] = []
         for layer, block in enumerate(self.parts.blocks):
             wires.append((block, self._residual(layer), False))
-        for layer, heads in self.parts.attentions:
+        for layer, heads in self.parts.heads.items():
             wires.append((heads.scores, self._scores(layer), False))
             wires.append((heads.weights, self._weights(layer), False))
             wires.append((heads.values, self._values(layer, heads), False))

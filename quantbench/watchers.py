@@ -131,7 +131,7 @@ class Largest:
         """For `trace.hooked`."""
         layers = {id(m): layer for layer, block in enumerate(self.parts.blocks) for m in block.modules()}
         blocks = set(map(id, self.parts.blocks))
-        scores = {id(heads.scores) for heads in self.parts.heads}
+        scores = {id(heads.scores) for heads in self.parts.heads.values()}
         for path, module in self.model.named_modules():
             see = partial(self._see, path, layers.get(id(module)))
             if module is self.parts.embedding:

@@ -149,7 +149,7 @@ def watching(modules: dict[str, nn.Module]) -> Iterator[dict[str, Tensor]]:
 
 def everything(parts: Anatomy) -> dict[str, nn.Module]:
     named = {f"{kind} {place}": module for kind in parts.places for place, module in parts.sites(kind).items()}
-    for layer, (block, own) in enumerate(zip(parts.blocks, parts.heads, strict=True)):
+    for layer, (block, own) in enumerate(zip(parts.blocks, parts.heads.values(), strict=True)):
         named |= {f"block {layer}": block, f"weights {layer}": own.weights, f"scores {layer}": own.scores}
         named |= {f"values {layer}": own.values, f"attention {layer}": attention_of(block)}
         named |= projections(block, layer)
@@ -220,7 +220,7 @@ def test_it_shows_what_the_model_says_of_itself(architecture: str, left: int) ->
     for got, states in zip(hidden[:-1], expected.hidden_states[:-1], strict=True):
         close(got[real_BT], states[real_BT])
     rows_BHT = real_BT[:, None].expand(-1, H, -1)
-    for layer, (block, own) in enumerate(zip(parts.blocks, parts.heads, strict=True)):
+    for layer, (block, own) in enumerate(zip(parts.blocks, parts.heads.values(), strict=True)):
         weights, scores, values = (seen[f"{name} {layer}"] for name in ("weights", "scores", "values"))
         features = values.shape[-1]
         learned = int(architecture == "gpt-oss")
@@ -294,7 +294,7 @@ def _check_joins(decoder: nn.Module, parts: Anatomy, plain: bool) -> None:
     """plain: no norm follows the sum."""
     read: dict[nn.Module, Tensor] = {}
     handles = [b.register_forward_pre_hook(lambda m, args: read.update({m: args[0].clone()})) for b in parts.blocks]
-    places = {f"{at}.{layer}": m for at, modules in parts.joins.items() for layer, m in enumerate(modules)}
+    places = {f"{at}.{layer}": m for at, modules in parts.joins.items() for layer, m in modules.items()}
     with watching(places | {f"block.{layer}": block for layer, block in enumerate(parts.blocks)}) as seen:
         logits(decoder)
     for handle in handles:
@@ -475,7 +475,7 @@ def test_an_attention_of_somebody_elses_shows_nothing() -> None:
     AttentionMaskInterface.register("somebodys", sdpa_mask)
     decoder = model("llama", "somebodys")
     parts = anatomy(decoder)
-    assert parts.heads == []
+    assert parts.heads == {}
     assert set(parts.places) == {"residual", "norms"}
     assert decoder.config._attn_implementation == "somebodys"
 

@@ -529,7 +529,8 @@ class Tiny(nn.Module):
         return self.head(x_BTD)
 
     def parts(self, sites: bool = True) -> Anatomy:
-        heads = [Heads(b.scores, b.weights, b.values, b.out) for b in self.blocks] if sites else []
+        shown = self.blocks if sites else []
+        heads = {layer: Heads(b.scores, b.weights, b.values, b.out) for layer, b in enumerate(shown)}
         return Anatomy(self.embed, self.embed, list(self.blocks), self.head, heads, {})
 
     def residuals(self, ids_BT: Tensor) -> list[Tensor]:

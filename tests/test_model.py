@@ -46,7 +46,7 @@ def logits(decoder: nn.Module, batch: Tensor = IDS, **kwargs: object) -> Tensor:
 @contextmanager
 def watched(decoder: QuantbenchModel) -> Iterator[None]:
     """Somebody watches the scores, so that attention is computed by the formula."""
-    handles = [heads.scores.register_forward_hook(lambda *_: None) for heads in anatomy(decoder).heads]
+    handles = [heads.scores.register_forward_hook(lambda *_: None) for heads in anatomy(decoder).heads.values()]
     yield
     for handle in handles:
         handle.remove()

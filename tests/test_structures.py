@@ -7,14 +7,21 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from checkpoint import VOCAB, tokenizer_of
 from test_pretrain import DATA, interrupted, same, train
 from tiny import ROOT, gaussian, ids, model, quantizer, track
 
+from quantbench.ablation import ablate
 from quantbench.anatomy import SITES, anatomy
 from quantbench.calibration import Calibration
+from quantbench.dormant import survey
+from quantbench.gallery import compose, pictures, tables
+from quantbench.interventions import losses, windows_of
 from quantbench.mitigations.hadamard import Hadamard
 from quantbench.model import cost
+from quantbench.portrait import portrait
 from quantbench.pretrain import timeline_steps
+from quantbench.pretrained import Given
 from quantbench.recipe import Shape, load_track
 from quantbench.store import digest
 from quantbench.strict import dump
@@ -92,7 +99,7 @@ def test_the_figures_of_a_layer_are_those_that_it_has_alone() -> None:
 
 def test_every_site_is_there_where_its_layer_is() -> None:
     parts = anatomy(model(**HALVES))
-    assert [layer for layer, _ in parts.attentions] == [1, 2]
+    assert list(parts.heads) == [1, 2]
     for kind in SITES[1:]:
         places = parts.sites(kind)
         if kind in ("residual", "norms"):
@@ -102,6 +109,63 @@ def test_every_site_is_there_where_its_layer_is() -> None:
     assert list(parts.sites("norms")) == ["0.mlp.norm", "1.attention.norm", "1.mlp.norm", "2.attention.norm"]
     assert parts.stream is not None
     assert (len(parts.stream.norms), len(parts.stream.writers), len(parts.stream.downs)) == (4, 4, 2)
+
+
+TEXTS = ["the cat saw a dog near the old red house and ran to the trees " * 4, "that sat on mat by day or night " * 5]
+
+
+def given() -> Given:
+    """Of random weights that are large enough for every part to matter."""
+    built = model(**HALVES, vocab_size=VOCAB, max_position_embeddings=64)
+    for index, parameter in enumerate(built.parameters()):
+        if parameter.ndim > 1:
+            parameter.data = 0.2 * gaussian(*parameter.shape, seed=index)
+    return Given(built, tokenizer_of(TEXTS), 0, {"name": "halves", "dtype": "float32"})
+
+
+@torch.no_grad()
+def loss_without(path: str, columns: slice) -> float:
+    """Over the windows of TEXTS, where columns of a weight are 0."""
+    changed = given()
+    changed.model.get_submodule(path).weight[:, columns] = 0
+    rows = windows_of(changed, TEXTS, 40, 2, None, each=1)
+    return sum(float(losses(changed.model(ids_T[None]).logits, ids_T[None])) for ids_T in rows) / 2
+
+
+def test_a_portrait_has_the_attention_of_each_layer_at_that_layer() -> None:
+    body = portrait(given(), TEXTS, 24, 4)
+    layers = body["per-layer"]
+    for name in ("bos-attention", "sink-rate"):
+        assert [at[name] for at in layers] == body["metrics"][name]["per-layer"]
+    for name in ("bos-attention", "sink-rate", "sink-attention", "value-drain", "delta-logit"):
+        assert [at[name] is None for at in layers] == [True, False, False]
+    assert tables(compose("measure", {"name": "halves"}, {}, {}, body))
+
+
+def test_heads_are_looked_for_in_the_layers_that_have_some() -> None:
+    shown = given()
+    body = survey(shown, {"one": TEXTS, "other": TEXTS[::-1]}, 40, 2, 99)
+    heads = shown.model.config.heads
+    assert [len(layer) for layer in body["domains"]["one"]["attention"]["mean"]] == [0, heads, heads]
+    body = survey(shown, {"one": TEXTS, "other": [text.upper() for text in TEXTS]}, 40, 2, 99)
+    assert {at["layer"] for at in body["candidates"]} == {1, 2}
+    features = shown.model.config.width // heads
+    whole = body["domains"]["one"]["loss"]["mean"]
+    for at in body["candidates"]:
+        columns = slice(at["head"] * features, (at["head"] + 1) * features)
+        expected = loss_without(f"blocks.{at['layer']}.attention.out", columns) - whole
+        assert at["domains"]["one"]["zeroed"]["mean"] == pytest.approx(expected, abs=1e-5)
+    assert pictures(compose("heads", {"name": "halves"}, {}, {}, body))
+
+
+def test_what_a_layer_lacks_is_not_ablated() -> None:
+    body = ablate(given(), TEXTS, 40, 2, None)
+    there = {(0, "mlp"): "mlp.down", (1, "attention"): "attention.out", (1, "mlp"): "mlp.down",
+             (2, "attention"): "attention.out"}  # fmt: skip
+    assert [(at["layer"], at["part"]) for at in body["ablations"]] == list(there)
+    for at in body["ablations"]:
+        path = f"blocks.{at['layer']}.{there[at['layer'], at['part']]}"
+        assert at["loss"] == pytest.approx(loss_without(path, slice(None)), abs=1e-5)
 
 
 @pytest.mark.parametrize("name", ["w8a8-static-residual", "w8a8-static-qualcomm", "w4a16-gptq", "llm-int8"])

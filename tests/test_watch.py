@@ -135,5 +135,5 @@ def test_looking_leaves_nothing_behind() -> None:
     look(built, BACKCOPY.held_out(2, 16), BACKCOPY)
     assert built.training
     assert not any(module._forward_hooks for module in built.modules())
-    assert not any(heads.scores.watched for _, heads in parts.attentions)  # type: ignore[attr-defined]
+    assert not any(heads.scores.watched for heads in parts.heads.values())  # type: ignore[attr-defined]
     assert watch.BATCH >= 16  # a timeline is one pass
