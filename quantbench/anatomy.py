@@ -192,17 +192,22 @@ def anatomy(model: Any) -> Anatomy:
         return _ours(model)
     if getattr(config, "is_encoder_decoder", False) or not getattr(model, "can_generate", lambda: True)():
         raise ValueError(f"{type(model).__name__} is no causal language model of a decoder alone")
-    if kind not in ARCHITECTURES:
-        raise ValueError(
-            f"quantbench does not know where a {kind!r} model keeps its layers: add the paths of its parts to "
-            f"ARCHITECTURES in anatomy.py (known: {', '.join(ARCHITECTURES)})"
-        )
+    check_known(kind)
     flags = {"add_cross_attention": True, "use_bidirectional_attention": True, "is_causal": False}
     for name, refused in flags.items():
         if getattr(config, name, None) is refused:
             why = f"with {name}: {refused} is no causal language model of a decoder alone"
             raise ValueError(f"{type(model).__name__} {why}")
     return _theirs(model, kind, ARCHITECTURES[kind])
+
+
+def check_known(kind: str) -> None:
+    """ValueError for a model_type whose anatomy is not known."""
+    if kind not in (*ARCHITECTURES, "quantbench"):
+        raise ValueError(
+            f"quantbench does not know where a {kind!r} model keeps its layers: add the paths of its parts to "
+            f"ARCHITECTURES in anatomy.py (known: {', '.join(ARCHITECTURES)})"
+        )
 
 
 def _ours(model: Any) -> Anatomy:

@@ -1,5 +1,7 @@
 """A model that somebody trained: a short name of ours, a folder, a .gguf file, or a name of the Hugging Face hub.
 
+A name of the hub is a folder in the hub's own cache, at one commit: what can be refused is, before its weights come.
+
 What is opened is what can be measured: a decoder of which `anatomy` knows the parts, with a tokenizer, whose weights
 are all there and finite in the dtype that is asked for. Everything else is refused in one line.
 
@@ -127,7 +129,7 @@ def open_model(given: str, cache: Path, revision: str | None = None, dtype: str 
     about = {
         "name": given if source.kind in ("package", "hub") else Path(given).name,
         "kind": source.kind,
-        "revision": revision,
+        "revision": source.commit,
         "digest": source.digest(),
         "model-type": model.config.model_type,
         "parameters": sum(p.numel() for p in model.parameters()),
@@ -200,8 +202,8 @@ class _Source:
     """A place that a model is read from."""
 
     kind: str  # package, folder, gguf, hub
-    at: str  # a path, or a name of the hub
-    revision: str | None = None
+    at: str  # a path
+    commit: str | None = None  # of the hub
 
     @staticmethod
     def of(given: str, cache: Path, revision: str | None) -> "_Source":
@@ -217,16 +219,17 @@ class _Source:
                 raise ValueError(f"{given}: no such file")
             source = _Source("gguf", given)
         elif given.count("/") == 1 and not given.startswith((".", "/", "~")):
-            return _Source("hub", given, revision)
+            folder = _fetched(given, revision)
+            source = _Source("hub", str(folder), folder.name)
         else:
             raise ValueError(
                 f"{quote(given)}: no folder, no .gguf file, no name of the hub (owner/name) and no short name"
                 f"{nearest(given, SHORT)}"
             )
-        if revision is not None:
+        if revision is not None and source.kind != "hub":
             raise ValueError(f"{given}: --revision is of a name of the hub; of checkpoints in folders, name the folder")
         if source.kind != "gguf":
-            _check_folder(Path(source.at))
+            _check_folder(Path(source.at), Path(source.at).parents[1] if source.kind == "hub" else None)
         return source
 
     @property
@@ -238,22 +241,18 @@ class _Source:
         return str(Path(self.at).parent) if self.kind == "gguf" else self.at
 
     def config(self) -> dict[str, Any]:
-        if self.kind in ("package", "folder"):
-            found: dict[str, Any] = json.loads((Path(self.at) / "config.json").read_bytes())
-            return found
-        return {}
+        if self.kind == "gguf":
+            return {}
+        found: dict[str, Any] = json.loads((Path(self.at) / "config.json").read_bytes())
+        return found
 
     def tokenizer(self) -> tuple[Any, int | None]:
         from transformers import AutoConfig, AutoTokenizer
 
-        here = {"local_files_only": True} if self.kind != "hub" else {}
-        config = AutoConfig.from_pretrained(self.base, revision=self.revision or "main", **self.gguf, **here)
-        if getattr(config, "auto_map", None):
-            raise ValueError(REMOTE)
-        if config.is_encoder_decoder:
-            raise ValueError(f"{config.model_type} is no causal language model of a decoder alone")
+        config = AutoConfig.from_pretrained(self.base, local_files_only=True, **self.gguf)
+        _check_config(config)
         try:
-            found = AutoTokenizer.from_pretrained(self.base, revision=self.revision or "main", **self.gguf, **here)
+            found = AutoTokenizer.from_pretrained(self.base, local_files_only=True, **self.gguf)
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError("no tokenizer beside it: tokenizer.json is needed") from error
         bos = found.bos_token_id if found.bos_token_id is not None else getattr(config, "bos_token_id", None)
@@ -266,7 +265,7 @@ class _Source:
 
         logging.disable_progress_bar()
         logging.set_verbosity_error()
-        settings: dict[str, Any] = {"dtype": getattr(torch, dtype)}
+        settings: dict[str, Any] = {"dtype": getattr(torch, dtype), "local_files_only": True}
         if self.kind == "gguf":
             from transformers import GgufConfig
 
@@ -275,10 +274,6 @@ class _Source:
             settings |= {"use_safetensors": True, "output_loading_info": True}
             if torch.cuda.is_available():
                 settings["device_map"] = "auto"  # over as many devices as it takes, by accelerate
-        if self.kind == "hub":
-            settings["revision"] = self.revision or "main"
-        else:
-            settings["local_files_only"] = True
         found: Any = AutoModelForCausalLM.from_pretrained(self.base, **settings)
         if self.kind == "gguf":
             return found
@@ -289,14 +284,7 @@ class _Source:
         return model
 
     def digest(self) -> str:
-        """sha256 (hex) over the weights' files by name; of a hub model over its commit."""
-        if self.kind == "hub":
-            from transformers import AutoConfig
-
-            commit = getattr(
-                AutoConfig.from_pretrained(self.at, revision=self.revision or "main"), "_commit_hash", None
-            )
-            return hashlib.sha256(f"{self.at} {commit}".encode()).hexdigest()
+        """sha256 (hex) over the weights' files by name."""
         if self.kind == "package":
             recorded: dict[str, str] = json.loads((Path(self.at) / ABOUT).read_bytes())
             if recorded["digest"] != _digest(_weights(Path(self.at))):
@@ -321,6 +309,36 @@ def _sha256(path: Path, size: int, changed: int) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+# --- the hub ---------------------------------------------------------------------------------------------------------
+
+BESIDE = ["*.json", "*.jinja", "*.model", "*.txt"]  # of the weights: config, index and tokenizer
+OTHERWISE = ["*/*", "consolidated*"]  # the same weights once more, in other forms
+
+
+def _fetched(name: str, revision: str | None) -> Path:
+    """The folder of a model of the hub, in the hub's cache; it is called as its commit is."""
+    from huggingface_hub import errors, snapshot_download
+    from transformers import AutoConfig
+
+    def fetched(revision: str | None, patterns: list[str]) -> Path:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns, ignore_patterns=OTHERWISE))
+
+    told = {  # the first that it is
+        errors.GatedRepoError: "its owner asks who reads it: accept that on its page, and `hf auth login`",
+        errors.RepositoryNotFoundError: "the hub has no such model; for a private one, `hf auth login`",
+        errors.RevisionNotFoundError: f"it has no revision {quote(str(revision))}",
+        errors.LocalEntryNotFoundError: "the hub does not answer, and it is not in the cache here",
+    }
+    with _told(name):
+        try:
+            folder = fetched(revision, BESIDE)
+            _check_json(folder)
+            _check_config(AutoConfig.from_pretrained(folder, local_files_only=True))
+            return fetched(folder.name, [*BESIDE, "*.safetensors"])
+        except OSError as error:
+            raise ValueError(next((line for kind, line in told.items() if isinstance(error, kind)), error)) from error
+
+
 # --- folders ---------------------------------------------------------------------------------------------------------
 
 
@@ -328,8 +346,19 @@ def _weights(folder: Path) -> list[Path]:
     return sorted(folder.glob("*.safetensors"))
 
 
-def _check_folder(folder: Path) -> None:
-    """ValueError, one line, for what must not be opened, or cannot be."""
+def _check_config(config: Any) -> None:
+    """ValueError where no model of it can be opened."""
+    from quantbench.anatomy import check_known
+
+    if getattr(config, "auto_map", None):
+        raise ValueError(REMOTE)
+    if config.is_encoder_decoder:
+        raise ValueError(f"{config.model_type} is no causal language model of a decoder alone")
+    check_known(config.model_type)
+
+
+def _check_json(folder: Path) -> None:
+    """ValueError, one line, where a folder's config.json is none, or names what must not be opened."""
     if not (folder / "config.json").is_file():
         raise ValueError(f"{folder}: no config.json: a folder that `save_pretrained` wrote is needed")
     try:
@@ -341,6 +370,11 @@ def _check_folder(folder: Path) -> None:
         raise ValueError(f"{folder}: {REMOTE}")
     if config.get("quantization_config"):
         raise ValueError(f"{folder}: it is quantized already: give the model that it was made of")
+
+
+def _check_folder(folder: Path, within: Path | None = None) -> None:
+    """ValueError, one line, for what must not be opened, or cannot be. No link leads out of `within` (the folder)."""
+    _check_json(folder)
     if not _weights(folder):
         pickled = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLED)
         if not pickled:
@@ -353,7 +387,7 @@ def _check_folder(folder: Path) -> None:
     if index.is_file():
         _check_index(folder, index)
     for path in _weights(folder):
-        if not path.resolve().is_relative_to(folder.resolve()):
+        if not path.resolve().is_relative_to((within or folder).resolve()):
             raise ValueError(f"{path}: a link that leads out of the folder: put the file itself there")
         _check_safetensors(path)
 

@@ -1,10 +1,16 @@
 """What is opened of models that are there already, and what is refused, each in one line."""
 
+import hashlib
 import json
 import shutil
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote, urlparse
 
+import huggingface_hub
 import pytest
 import torch
 from checkpoint import SHAPES, folder_of
@@ -170,3 +176,117 @@ def test_a_licence_of_its_own_is_accepted_first(tmp_path: Path) -> None:
 def test_a_revision_is_of_the_hub(llama: Path) -> None:
     with pytest.raises(ValueError, match="--revision is of a name of the hub"):
         open_model(str(llama), llama, revision="step1000")
+
+
+# --- the hub ---
+
+
+class Hub(BaseHTTPRequestHandler):
+    """What a hub answers for one repository, `owner/tiny`, which is a folder here."""
+
+    folder: Path
+    commits: dict[str, str]  # revision -> commit
+    asked: list[str]
+
+    def do_HEAD(self) -> None:
+        self.do_GET()
+
+    def do_GET(self) -> None:
+        path = unquote(urlparse(self.path).path)
+        self.asked.append(path)
+        if path.startswith("/api/models/owner/tiny/tree/"):
+            files = [{"type": "file", "path": f.name, "size": f.stat().st_size, "oid": _oid(f)}
+                     for f in sorted(self.folder.iterdir())]  # fmt: skip
+            return self._answer(json.dumps(files).encode(), {})
+        if path.startswith("/api/models/owner/tiny"):
+            commit = self.commits.get(path.rpartition("/revision/")[2] if "/revision/" in path else "main")
+            if commit is not None:
+                return self._answer(json.dumps({"id": "owner/tiny", "sha": commit, "siblings": []}).encode(), {})
+            return self._answer(b"", {"X-Error-Code": "RevisionNotFound"}, 404)
+        if path.startswith("/owner/tiny/resolve/"):
+            commit, name = path.removeprefix("/owner/tiny/resolve/").split("/", 1)
+            if (file := self.folder / name).is_file():
+                about = {"X-Repo-Commit": self.commits.get(commit, commit), "ETag": f'"{_oid(file)}"'}
+                return self._answer(file.read_bytes(), about)
+            return self._answer(b"", {"X-Error-Code": "EntryNotFound"}, 404)
+        gated = path.startswith("/api/models/owner/gated")
+        return self._answer(b"", {"X-Error-Code": "GatedRepo" if gated else "RepoNotFound"}, 403 if gated else 401)
+
+    def _answer(self, body: bytes, headers: dict[str, str], status: int = 200) -> None:
+        self.send_response(status)
+        for name, value in {**headers, "Content-Length": str(len(body))}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(body)
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+def _oid(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+@pytest.fixture
+def asked(copied: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """A hub of this machine in the place of the real one; the paths that it is asked for."""
+    commits = {"main": "a" * 40, "step10": "b" * 40}
+    handler = type("Handler", (Hub,), {"folder": copied, "commits": commits, "asked": []})
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    endpoint = f"http://127.0.0.1:{server.server_port}"
+    told = {  # by variables, when it is imported
+        "ENDPOINT": endpoint,
+        "HUGGINGFACE_CO_URL_TEMPLATE": endpoint + "/{repo_id}/resolve/{revision}/{filename}",
+        "HF_HUB_CACHE": str(tmp_path / "hub"),
+        "HF_HUB_DISABLE_XET": True,
+    }
+    for name, value in told.items():
+        monkeypatch.setattr(huggingface_hub.constants, name, value)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    yield handler.asked
+    server.shutdown()
+    server.server_close()
+
+
+def test_a_name_of_the_hub_is_the_folder_that_it_holds(
+    asked: list[str], copied: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (copied / "pytorch_model.bin").write_bytes(b"never read")
+    found, here = open_model("owner/tiny", tmp_path, "step10"), open_model(str(copied), tmp_path)
+    assert {key: found.about[key] for key in ("name", "kind", "revision")} == {
+        "name": "owner/tiny", "kind": "hub", "revision": "b" * 40,
+    }  # fmt: skip
+    assert found.about["digest"] == here.about["digest"]
+    ids_BT = torch.tensor([[0, 5, 9, 7]])
+    assert torch.equal(found.model(ids_BT).logits, here.model(ids_BT).logits)
+    assert not [path for path in asked if path.endswith(".bin")]
+    assert identity("owner/tiny", tmp_path) == {"digest": here.about["digest"], "model-type": "llama"}
+    before = len(asked)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    assert open_model("owner/tiny", tmp_path, "step10").about == found.about
+    with pytest.raises(ValueError, match="owner/other: the hub does not answer, and it is not in"):
+        open_model("owner/other", tmp_path)
+    assert len(asked) == before
+
+
+@pytest.mark.parametrize(
+    ("name", "revision", "spoil", "told"),
+    [
+        ("owner/none", None, {}, "^owner/none: the hub has no such model"),
+        ("owner/tiny", "none", {}, "^owner/tiny: it has no revision 'none'"),
+        ("owner/gated", None, {}, "^owner/gated: its owner asks who reads it"),
+        ("owner/tiny", None, {"model_type": "bert"}, "does not know where a 'bert' model keeps its layers"),
+        ("owner/tiny", None, {"auto_map": {"AutoModelForCausalLM": "x.Y"}}, "which is never run"),
+        ("owner/tiny", None, {"quantization_config": {"quant_method": "gptq"}}, "quantized already"),
+    ],
+)
+def test_what_is_refused_is_before_its_weights_come(
+    name: str, revision: str | None, spoil: dict[str, Any], told: str, asked: list[str], copied: Path, tmp_path: Path
+) -> None:
+    edit(copied, **spoil)
+    with pytest.raises(ValueError, match=told) as error:
+        open_model(name, tmp_path, revision)
+    assert "\n" not in str(error.value)
+    assert not [path for path in asked if path.endswith(".safetensors")]
