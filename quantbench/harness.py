@@ -9,6 +9,7 @@ track's to say: the same draw for every model, and which of them a model got rig
 compared item by item.
 """
 
+import inspect
 import logging
 import math
 import os
@@ -161,6 +162,20 @@ def _lm(model: Any, tokenizer: Any, bos: int | None, length: int | None) -> Any:
             front = [] if add_special_tokens is False else [bos]
             return front + list(self.tokenizer.encode(string, add_special_tokens=False))
 
+        def _loglikelihood_tokens(self, requests: Any, *args: Any, **kwargs: Any) -> Any:
+            self.most = max((len(continuation) for _, _, continuation in requests), default=0)
+            return super()._loglikelihood_tokens(requests, *args, **kwargs)
+
+        def _model_call(self, inps: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+            """[B, last positions, V]: those alone at which a continuation stands. It counts them from the end."""
+            if not keeps or args or kwargs:
+                return super()._model_call(inps, *args, **kwargs)
+            lengths_B = (inps != 0).cumsum(-1).argmax(-1) + 1  # it fills up with 0; a text's own at its end only adds
+            kept = inps.shape[1] - int(lengths_B.min()) + self.most
+            with torch.no_grad():
+                return self.model(inps, logits_to_keep=min(kept, inps.shape[1])).logits
+
+    keeps = "logits_to_keep" in inspect.signature(model.forward).parameters
     config = getattr(model, "config", None)
     longest = length or min(2048, getattr(config, "max_position_embeddings", None) or 2048)
     return Behind(

@@ -18,7 +18,7 @@ from transformers.pytorch_utils import Conv1D
 from quantbench import catalog
 from quantbench.anatomy import HEADS, SITES, anatomy
 from quantbench.calibration import Calibration, Exemption, places, spans
-from quantbench.ops import outlier_stats
+from quantbench.ops import integers, outlier_stats
 from quantbench.ops.integers import dequantize, pack_int4, product, quantize, scale_of, unpack_int4
 from quantbench.ops.ranges import Span
 from quantbench.quantizers import (
@@ -149,13 +149,18 @@ def test_nibbles_come_back():
 
 @pytest.mark.parametrize(("least", "top"), [(-128, 127), (-255, 255)])
 @pytest.mark.parametrize("width", [1, 64, 513, 1024, 1025, 5000])
-def test_the_integer_product_is_exact_up_to_one_rounding(width: int, least: int, top: int):
+@pytest.mark.parametrize("int8", [True, False], ids=["int8", "float32"])
+def test_the_integer_product_is_exact_up_to_one_rounding(
+    width: int, least: int, top: int, int8: bool, monkeypatch: pytest.MonkeyPatch
+):
+    if not int8:  # as on a CPU that has no exact product of int8
+        monkeypatch.setattr(integers, "_multiplies_int8", lambda: False)
     generator = torch.Generator().manual_seed(width)
     x = torch.randint(least, top + 1, (2, 3, width), generator=generator)
     w = torch.randint(-128, 128, (5, width), generator=generator)
     x[0, 0], w[0], w[1] = least, -128, 127  # the extremes of the sum
     x[0, 1, ::2], x[0, 1, 1::2] = top, top - 1  # all bits of the sum in play
-    y = product(x.float(), w.float(), -least * 128)
+    y = product(x.float(), w.float(), -least)
     assert torch.equal(y, (x @ w.T).float())
 
 

@@ -78,16 +78,20 @@ class Behind(Prefixed):
     def tie_weights(self) -> None:
         """Nothing: for lm-eval, which asks every model to."""
 
-    def forward(self, input_ids: Tensor) -> CausalLMOutputWithPast:
-        """Logits [B, T, V] of the next token; input_ids [B, T] begin with BOS, for which the prefix stands."""
+    def forward(self, input_ids: Tensor, logits_to_keep: int = 0) -> CausalLMOutputWithPast:
+        """Logits [B, T, V] of the next token; input_ids [B, T] begin with BOS, for which the prefix stands.
+
+        Of so many last positions, where fewer than T are asked for.
+        """
         assert bool((input_ids[:, 0] == self.prefix_R[0]).all()), "a prefix stands for BOS, and these do not begin so"
         B, T = input_ids.shape
         first_B1V = self.logits_V.expand(B, 1, -1)
         if T == 1:
             return CausalLMOutputWithPast(logits=first_B1V)
         cache = Standing([(k.expand(B, -1, -1, -1), v.expand(B, -1, -1, -1)) for k, v in self.layers()])
-        logits_BTV = self.inner(input_ids[:, 1:], past_key_values=cache).logits
-        return CausalLMOutputWithPast(logits=torch.cat((first_B1V, logits_BTV), 1))
+        kept = logits_to_keep if logits_to_keep < T else 0  # 0: all
+        logits_BTV = self.inner(input_ids[:, 1:], past_key_values=cache, logits_to_keep=kept).logits
+        return CausalLMOutputWithPast(logits=logits_BTV if kept else torch.cat((first_B1V, logits_BTV), 1))
 
     def layers(self) -> list[tuple[Tensor, Tensor]]:
         """Keys and values of each layer, [H, R, E]."""

@@ -11,6 +11,8 @@ rounding of a half. The asymmetric code is torchao's (`choose_qparams_affine`, Z
 Shapes: M rows, K input features, N output features; `...` any leading axes.
 """
 
+from functools import cache
+
 import torch
 from torch import Tensor
 
@@ -87,15 +89,20 @@ def unpack_int4(packed: Tensor) -> Tensor:
     return (nibbles ^ 8).view(torch.int8) - 8  # sign extension
 
 
-def product(x: Tensor, w: Tensor, largest: int = 128**2) -> Tensor:
+def product(x: Tensor, w: Tensor, x_most: int = 128, w_most: int = 128) -> Tensor:
     """x @ w.T of integers held as float32, rounded to float32 once: [..., K], [N, K] -> [..., N].
 
-    `largest`: what no |x w| exceeds. CPUs and GPUs alike multiply float32 matrices fast, and exactly as long as no sum
-    exceeds 2^24: so K is cut into parts, and their sums are added as int32. TF32 and bf16 hold integers up to 2^8
-    exactly, and their products are summed as float32, so that the result is the same.
+    No |x| exceeds `x_most`, no |w| `w_most`; 128 stands for -128..127, which CPUs that multiply int8 exactly do.
+    CPUs and GPUs alike multiply float32 matrices fast, and exactly as long as no sum exceeds 2^24: so K is cut into
+    parts, and their sums are added as int32. TF32 and bf16 hold integers up to 2^8 exactly, and their products are
+    summed as float32, so that the result is the same.
     """
-    K = x.shape[-1]
+    K, largest = x.shape[-1], x_most * w_most
     assert K * largest < 2**31, "an int32 could overflow"
+    int8 = max(x_most, w_most) <= 128 and x.device.type == "cpu" and _multiplies_int8()
+    if int8 and K > 1 and x.numel() > K:  # of a single row or column torch may take one for the other
+        sums_MN = torch._int_mm(x.flatten(0, -2).to(torch.int8), w.to(torch.int8).T)
+        return sums_MN.float().unflatten(0, x.shape[:-1])
     with torch.autocast(x.device.type, enabled=False):  # it would round the sums to bf16
         if K * largest <= EXACT:
             return x @ w.T
@@ -104,3 +111,10 @@ def product(x: Tensor, w: Tensor, largest: int = 128**2) -> Tensor:
         for part in rest:
             first += part
         return first.float()
+
+
+@cache
+def _multiplies_int8() -> bool:
+    """Whether the int8 product of this CPU is exact: without VNNI, sums of two products saturate at 2^15."""
+    ends = torch.tensor([[-128, 127], [127, -128], [-128, -128], [127, 127]], dtype=torch.int8).repeat(8, 64)
+    return torch.equal(torch._int_mm(ends, ends.T), ends.int() @ ends.int().T)

@@ -297,14 +297,14 @@ class IntegerLinear(LowBitLinear):
         y = y.unflatten(0, x.shape[:-1]).mul_(scale)
         return (y if self.bias is None else y.add_(self.bias)).to(x.dtype)
 
-    def scaled_sums(self, q_MK: Tensor, largest: int) -> Tensor:
-        """sum over groups g of (q[g] @ q_W[g].T) * scale_W[:, g], float32 [M, N]; |q| is at most `largest`."""
-        groups, largest = self.scale_NG.shape[1], largest * (qmax(self.bits) + 1)
+    def scaled_sums(self, q_MK: Tensor, most: int) -> Tensor:
+        """sum over groups g of (q[g] @ q_W[g].T) * scale_W[:, g], float32 [M, N]; |q| is at most `most`."""
+        groups = self.scale_NG.shape[1]
         first: Tensor | None = None
         for q_part, w_part, scale_N in zip(
             q_MK.chunk(groups, -1), self.float_NK().chunk(groups, -1), self.scale_NG.unbind(-1), strict=True
         ):
-            part = product(q_part, w_part, largest).mul_(scale_N)
+            part = product(q_part, w_part, most, qmax(self.bits) + 1).mul_(scale_N)
             first = part if first is None else first.add_(part)
         assert first is not None
         return first
