@@ -383,6 +383,10 @@ def test_behind_a_prefix_the_model_is_the_whole_ones(kind: str, prefix: list[int
     assert whole[0].tolist() == prefix + IDS[0, 1:].tolist()
     torch.testing.assert_close(logits(behind), logits(decoder, whole)[:, len(prefix) - 1 :], rtol=0, atol=1e-5)
     torch.testing.assert_close(logits(behind, IDS[:, :1]), logits(behind)[:, :1])
+    for kept in (1, IDS.shape[1] - 1, IDS.shape[1]):
+        with torch.no_grad():
+            last_BKV = behind(IDS, logits_to_keep=kept).logits
+        torch.testing.assert_close(last_BKV, logits(behind)[:, -kept:])
     assert torch.equal(logits(copy.deepcopy(behind)), logits(behind))
 
 

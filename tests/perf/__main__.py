@@ -1,6 +1,6 @@
 """`make perf`: what is fast and what is not, each as a ratio to a peer in the same run, into results/perf/.
 
-python -m tests.perf [statistics] [attention] [training] [recipes]        all of them where none is named
+python -m tests.perf [statistics] [products] [attention] [training] [recipes]        all of them where none is named
 """
 
 import json

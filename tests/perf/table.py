@@ -4,7 +4,7 @@ import json
 from itertools import groupby
 from pathlib import Path
 
-PARTS = ("statistics", "attention", "training", "recipes")  # in the order of the page
+PARTS = ("statistics", "products", "attention", "training", "recipes")  # in the order of the page
 
 HEADER = """# Speed
 
