@@ -31,7 +31,7 @@ from quantbench.numerals import plain, spread
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from quantbench.anatomy import Anatomy
+    from quantbench.anatomy import Anatomy, Heads
     from quantbench.metrics import LayerMean
     from quantbench.pretrained import Given
     from quantbench.trace import Watcher
@@ -142,7 +142,7 @@ class _Course:
             yield self.parts.blocks[layer], partial(self._residual, layer), False
             if (heads := self.parts.heads.get(layer)) is not None:
                 yield heads.weights, partial(self._attention, layer), False
-                yield heads.values, partial(self._values, layer, heads.output), False
+                yield heads.values, partial(self._values, layer, heads), False
 
     def _residual(self, layer: int, hidden_BTD: "Tensor") -> None:
         from quantbench.metrics import median
@@ -159,12 +159,12 @@ class _Course:
         self.alphas.add(layer, alphas_BHK.mean(1))
         self.hits.add(layer, (alphas_BHK > EPSILON).double().mean(1))
 
-    def _values(self, layer: int, output: "nn.Linear", values_BHTE: "Tensor") -> None:
+    def _values(self, layer: int, heads: "Heads", values_BHTE: "Tensor") -> None:
         import torch
 
         values_BHTE = values_BHTE.double()
-        _, count, length, features = values_BHTE.shape
-        output_HED = output.weight.detach().double().T.unflatten(0, (count, features))
+        _, count, length, _ = values_BHTE.shape
+        output_HED = heads.output_HED(count).double()
         # ||W v||^2 = v' (W' W) v, in E features in place of D; of rounding it may fall below 0.
         gram_HEE = output_HED @ output_HED.transpose(1, 2)
         norms_BHT = ((values_BHTE @ gram_HEE) * values_BHTE).sum(-1).clamp_min(0).sqrt()

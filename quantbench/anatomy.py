@@ -49,6 +49,17 @@ class Heads:
     values: nn.Module  # its output: value states, repeated to the query heads, [B, H, T, E]
     output: nn.Linear  # W_O: its columns h*E..(h+1)*E are those of head h
 
+    def output_HED(self, heads: int) -> Tensor:
+        """W_O as what each head multiplies its values by, where the layer computes."""
+        if self.output.weight.is_meta:  # accelerate keeps it elsewhere, and brings it for a pass
+            from accelerate.utils import align_module_device
+
+            with align_module_device(self.output):
+                weight_DF = self.output.weight.detach().clone()
+        else:
+            weight_DF = self.output.weight.detach()
+        return weight_DF.T.unflatten(0, (heads, -1))
+
 
 @dataclass(frozen=True)
 class Stream:
@@ -201,6 +212,12 @@ def anatomy(model: Any) -> Anatomy:
     return _theirs(model, kind, ARCHITECTURES[kind])
 
 
+def device_of(model: nn.Module) -> torch.device:
+    """Where ids go to. Of a model that accelerate spreads over devices, its first part takes them from there."""
+    there = (p.device for p in model.parameters() if not p.is_meta)
+    return next(there, torch.device("cpu"))
+
+
 def check_known(kind: str) -> None:
     """ValueError for a model_type whose anatomy is not known."""
     if kind not in (*ARCHITECTURES, "quantbench"):
@@ -323,6 +340,10 @@ def _conv1d_to_linear(blocks: list[Any]) -> None:
     for block in blocks:
         for path, module in list(block.named_modules()):
             if isinstance(module, Conv1D):
+                if module.weight.is_meta:
+                    raise ValueError(
+                        "its weights are kept on the CPU or a disk for want of room, which a Conv1D cannot be"
+                    )
                 block.set_submodule(path, Transposed(module))
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from quantbench.anatomy import Anatomy, anatomy
+from quantbench.anatomy import Anatomy, anatomy, device_of
 from quantbench.ops import Totals, median, outlier_stats
 from quantbench.ops.ranges import Histogram, Span
 
@@ -120,7 +120,7 @@ def passes(model: nn.Module, calibration: Calibration, sites: Sequence[str], sho
             for place, module in places(parts, kind).items():
                 hooks.append(_hook(module, kind, place, exemption, show))
         with _in_eval_mode(model):
-            device = next(model.parameters()).device
+            device = device_of(model)
             for ids_BT, exempt_BT in calibration.batches:
                 with exemption.of(None if exempt_BT is None else exempt_BT.to(device)):
                     model(ids_BT.to(device))

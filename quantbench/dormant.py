@@ -117,6 +117,7 @@ def _look(given: "Given", parts: "Anatomy", read: "dict[str, list[Tensor]]", say
     """Domain -> the losses of its texts, the attention [text][layer][head], and the sink that a search finds in all."""
     import torch
 
+    from quantbench.anatomy import device_of
     from quantbench.interventions import losses
     from quantbench.metrics import LayerMean
     from quantbench.metrics.sink_rate import EPSILON, received, searched
@@ -139,7 +140,7 @@ def _look(given: "Given", parts: "Anatomy", read: "dict[str, list[Tensor]]", say
                 hits.add(layer, (alphas_BHK > EPSILON).double())
 
             wires = [(heads.weights, partial(see, layer), False) for layer, heads in parts.heads.items()]
-            ids_BT = ids_T[None].to(given.model.device)
+            ids_BT = ids_T[None].to(device_of(given.model))
             with full_precision(given.model), hooked(wires):
                 (loss,) = losses(given.model(ids_BT).logits, ids_BT).tolist()
             attention = [layers.get(layer, []) for layer in range(len(parts.blocks))]

@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from quantbench.anatomy import device_of
 from quantbench.calibration import Calibration
 from quantbench.mitigations import Mitigation, fold_projection
 from quantbench.quantizers import Quantizer
@@ -46,7 +47,7 @@ class Reference:
     mitigation: Mitigation = field(default_factory=Mitigation)
 
     def __post_init__(self) -> None:
-        self.device = next(self.model.parameters()).device
+        self.device = device_of(self.model)
         self.ids_NT = self.data.held_out(self.track.evaluate.sequences, self.track.length)
         self.batch = max(1, min(BATCH, PASS // (4 * self.track.length * self.data.vocab)))
         self.batches = [ids.to(self.device) for ids in torch.from_numpy(self.ids_NT).split(self.batch)]

@@ -25,6 +25,7 @@ import torch
 from torch import nn
 
 from quantbench import corpora
+from quantbench.anatomy import device_of
 from quantbench.evaluate import BATCH, Figures, Reference, log_probabilities, nll
 
 CHOICES = 4  # of a question of our own
@@ -180,7 +181,7 @@ def _lm(model: Any, tokenizer: Any, bos: int | None, length: int | None) -> Any:
     longest = length or min(2048, getattr(config, "max_position_embeddings", None) or 2048)
     return Behind(
         pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=BATCH,
-        max_length=longest, device=str(next(model.parameters()).device), prefix_token_id=bos,
+        max_length=longest, device=str(device_of(model)), prefix_token_id=bos,
     )  # fmt: skip
 
 
@@ -226,7 +227,7 @@ def passage_bits(model: nn.Module, encoded: list[list[int]], passages: list[dict
     bos = model.config.bos_token_id
     total = 0.0
     for ids in encoded:
-        ids_BT = torch.tensor([[bos, *ids]], device=next(model.parameters()).device)
+        ids_BT = torch.tensor([[bos, *ids]], device=device_of(model))
         total += float(nll(log_probabilities(model, ids_BT), ids_BT).double().sum())
     return total / math.log(2) / sum(len(p["text"].encode()) for p in passages)
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from quantbench.anatomy import Anatomy, Heads
+from quantbench.anatomy import Anatomy, Heads, device_of
 from quantbench.trace import token_losses
 
 if TYPE_CHECKING:
@@ -77,7 +77,7 @@ class Relay:
 
     def __init__(self, model: nn.Module, parts: Anatomy, ids_BT: Tensor) -> None:
         self.model, self.blocks = model, parts.blocks
-        self.ids_BT = ids_BT.to(next(model.parameters()).device)
+        self.ids_BT = ids_BT.to(device_of(model))
         self.start = 0
         self._given: Any = None  # the output of block start - 1
 

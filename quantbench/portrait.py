@@ -277,7 +277,7 @@ def _sinks(given: "Given", metrics: "dict[str, Any]", batches: "Iterator[Tensor]
     from quantbench.metrics.sink_rate import EPSILON
     from quantbench.watchers import first
 
-    hits_LHK, alphas_LHK = metrics["sink-rate"].hits.stacked().cpu(), metrics["sink-rate"].alphas.stacked().cpu()
+    hits_LHK, alphas_LHK = metrics["sink-rate"].hits.stacked(), metrics["sink-rate"].alphas.stacked()
     shares_K, drawn_K = hits_LHK.mean((0, 1)).tolist(), alphas_LHK.mean((0, 1)).tolist()
     heads_K = (alphas_LHK > EPSILON).sum((0, 1)).tolist()
     order = sorted(range(len(shares_K)), key=lambda k: (-shares_K[k], -drawn_K[k], k))

@@ -183,12 +183,14 @@ def _probe(given: Given, name: str, dtype: str) -> None:
     """ValueError where a short pass gives no numbers."""
     import torch
 
+    from quantbench.anatomy import device_of
+
     vocab = given.model.get_input_embeddings().num_embeddings
     ids = torch.arange(1, PROBE + 1) * 7919 % min(vocab, len(given.tokenizer))
     if given.bos is not None:
         ids[0] = given.bos
     with torch.no_grad():
-        logits = given.model(ids[None].to(given.model.device)).logits
+        logits = given.model(ids[None].to(device_of(given.model))).logits
     if not bool(torch.isfinite(logits).all()):
         remedy = "measure it in float32" if dtype != "float32" else "its weights are broken"
         raise ValueError(f"{name}: in {dtype} it gives NaN or infinity: {remedy}")

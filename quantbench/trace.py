@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
-from quantbench.anatomy import Anatomy, Heads, Prefixed, anatomy
+from quantbench.anatomy import Anatomy, Heads, Prefixed, anatomy, device_of
 from quantbench.calibration import peak_layer
 from quantbench.catalog import entry_name, load
 from quantbench.metrics import Activations, Metric, Reading, finite
@@ -72,7 +72,7 @@ def observe(
                     f"sequences of {length} and {ids_BT.shape[1]} tokens in one measurement: give them one length"
                 )
             length = ids_BT.shape[1]
-            ids_BT = ids_BT.to(_device(model))
+            ids_BT = ids_BT.to(device_of(model))
             for metric in metrics:
                 metric.tokens(ids_BT)
             model(ids_BT)
@@ -96,7 +96,7 @@ def full_precision(model: nn.Module) -> Iterator[None]:
     if cache:
         config.use_cache = False  # a block that is run twice would add to it twice
     try:
-        with torch.no_grad(), torch.autocast(_device(model).type, enabled=False):
+        with torch.no_grad(), torch.autocast(device_of(model).type, enabled=False):
             yield
     finally:
         for module, training in modes:
@@ -196,8 +196,7 @@ def _attention_wires(
 
 def _values_watcher(heads: Heads, methods: Sequence[Callable[[int, Tensor, Tensor], None]], layer: int) -> Watcher:
     def watch(values_BHTE: Tensor) -> None:
-        _, count, _, features = values_BHTE.shape
-        output_HED = heads.output.weight.detach().float().T.unflatten(0, (count, features))
+        output_HED = heads.output_HED(values_BHTE.shape[1]).float()
         for method in methods:
             method(layer, values_BHTE, output_HED)
 
@@ -213,10 +212,6 @@ def token_losses(logits_BTV: Tensor, targets_BT: Tensor) -> Tensor:
     return torch.cat(parts, 1)
 
 
-def _device(model: nn.Module) -> torch.device:
-    return next(model.parameters()).device
-
-
 def _block_outputs(
     model: nn.Module, ids_BT: Tensor, layers: Sequence[int] | None = None, parts: Anatomy | None = None
 ) -> list[Tensor]:
@@ -225,7 +220,7 @@ def _block_outputs(
     found: list[Tensor] = []
     wanted = range(len(blocks)) if layers is None else layers
     with full_precision(model), hooked((blocks[layer], found.append, False) for layer in wanted):
-        model(ids_BT.to(_device(model)))
+        model(ids_BT.to(device_of(model)))
     return found
 
 

@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from quantbench.anatomy import Anatomy, Heads, anatomy
+from quantbench.anatomy import Anatomy, Heads, anatomy, device_of
 from quantbench.tasks import Data, Ids
 from quantbench.trace import Watcher, full_precision, hooked, token_losses
 
@@ -40,7 +40,7 @@ Sums = dict[str, list[Tensor]]
 def look(model: nn.Module, ids: Ids, data: Data, parts: Anatomy | None = None) -> dict[str, list[float]]:
     """Figure -> its value in each of the sequences ids [N, T + 1]."""
     parts = anatomy(model) if parts is None else parts
-    device = next(model.parameters()).device
+    device = device_of(model)
     found: dict[str, list[float]] = {}
     for first in range(0, len(ids), BATCH):
         part = ids[first : first + BATCH]
@@ -127,8 +127,7 @@ class _Pass:
 
     def _values(self, layer: int, heads: Heads) -> Watcher:
         def watch(values_BHTE: Tensor) -> None:
-            features = values_BHTE.shape[-1]
-            output_HED = heads.output.weight.detach().float().T.unflatten(0, (-1, features))
+            output_HED = heads.output_HED(values_BHTE.shape[1]).float()
             each = [values_BHTE[:, h] @ output_HED[h] for h in range(len(output_HED))]  # one residual stream at a time
             norms_BHT = torch.stack([torch.linalg.vector_norm(x, dim=-1, dtype=torch.float64) for x in each], 1)
             bos_BH = norms_BHT[..., self.front]

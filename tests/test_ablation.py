@@ -2,12 +2,14 @@
 
 import copy
 import json
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import tiny
 import torch
 import torch.nn.functional as F
+from accelerate import dispatch_model
 from checkpoint import SHAPES, VOCAB, model_of, tokenizer_of
 from scipy import stats
 from torch import Tensor
@@ -16,10 +18,12 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from quantbench.ablation import ablate, pictures, tables
-from quantbench.anatomy import SUBLAYERS, anatomy
+from quantbench.anatomy import ARCHITECTURES, SUBLAYERS, anatomy
+from quantbench.dormant import survey
 from quantbench.gallery import compose
 from quantbench.interventions import windows_of
 from quantbench.markup import escape, markdown
+from quantbench.portrait import portrait
 from quantbench.pretrained import Given
 from quantbench.results import canonical
 from quantbench.trace import measure
@@ -297,3 +301,39 @@ def test_windows_are_the_first_of_each_document_and_then_more() -> None:
         found = windows_of(given(model_of("llama"), None), texts, 4, count, None)
         assert "".join(TOKENIZER.decode(ids_T)[0] for ids_T in found) == expected
     assert len(windows_of(given(model_of("llama"), None), texts, 4, 9, None, each=1)) == 3
+
+
+# --- what accelerate keeps elsewhere ---
+
+
+def spread(model: Any, folder: str) -> None:
+    """Puts all blocks but the first on a disk, as accelerate does with what no device has room for."""
+    prefix = ARCHITECTURES[model.config.model_type].blocks
+    others = {name.rpartition(".")[0] for name, _ in model.named_parameters() if not name.startswith(prefix)}
+    places = dict.fromkeys(others, "cpu")
+    places |= {f"{prefix}.{layer}": "disk" if layer else "cpu" for layer in range(model.config.num_hidden_layers)}
+    dispatch_model(model, places, main_device="cpu", offload_dir=folder, force_hooks=True)
+    assert any(p.is_meta for p in model.parameters())
+
+
+@pytest.mark.parametrize("verb", ["measure", "heads", "ablate"])
+@pytest.mark.parametrize("kind", ["llama", "gpt_neox"])
+@pytest.mark.filterwarnings("ignore")
+def test_a_model_that_is_kept_elsewhere_is_measured_as_one_that_is_here(kind: str, verb: str, tmp_path: Any) -> None:
+    body: dict[str, Callable[[Given], dict[str, Any]]] = {
+        "measure": lambda it: portrait(it, TEXTS, LENGTH, WINDOWS),
+        "heads": lambda it: survey(it, {"one": TEXTS, "other": [text.upper() for text in TEXTS]}, 40, 2, 4),
+        "ablate": lambda it: ablate(it, TEXTS, LENGTH, WINDOWS, None),
+    }
+    here, elsewhere = shaken(kind), shaken(kind)
+    spread(elsewhere, str(tmp_path))
+    found, expected = body[verb](given(elsewhere)), body[verb](given(here))
+    assert found | {"run": None} == expected | {"run": None}
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_conv1d_that_is_kept_elsewhere_is_refused(tmp_path: Any) -> None:
+    model = model_of("gpt2")
+    spread(model, str(tmp_path))
+    with pytest.raises(ValueError, match="which a Conv1D cannot be"):
+        anatomy(model)

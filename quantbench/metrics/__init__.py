@@ -106,8 +106,8 @@ class LayerMean:
         self.sums[layer], self.counts[layer] = total, count
 
     def mean(self, layer: int) -> Tensor:
-        """The mean of each element; NaN where no term was defined."""
-        return self.sums[layer] / self.counts[layer]
+        """The mean of each element; NaN where no term was defined. Layers may be on several devices, this is not."""
+        return (self.sums[layer] / self.counts[layer]).cpu()
 
     def stacked(self) -> Tensor:
         """The means of all layers, [L, ...]."""
@@ -117,7 +117,7 @@ class LayerMean:
         """Each layer's mean over all its elements that are defined; None where none is. May be infinite or NaN."""
         found: list[float | None] = []
         for layer in sorted(self.sums):
-            defined = self.mean(layer)[self.counts[layer] > 0]
+            defined = self.mean(layer)[self.counts[layer].cpu() > 0]
             found.append(float(defined.mean()) if defined.numel() else None)
         return found
 
