@@ -74,7 +74,7 @@ def test_a_track_of_a_pretrained_model_says_nothing_of_pretraining(name: str) ->
     loaded = load_track(name, ROOT)[1]
     assert not {"steps", "lr", "model", "batch", "warmup", "betas"} & plain(loaded).keys()
     assert plain(loaded)["pretrained"] == name
-    assert loaded.evaluate.sequences * loaded.length >= 65_000  # what damage is a mean over
+    assert loaded.evaluate.sequences >= 48  # documents, over which intervals are: fewer tokens than other tracks have
 
 
 def test_what_came_later_leaves_older_digests_as_they_were() -> None:
