@@ -67,7 +67,7 @@ def ablate(
     chosen = sorted(set(range(len(parts.blocks)) if layers is None else layers))
     if outside := [layer for layer in chosen if layer >= len(parts.blocks)]:
         raise ValueError(f"--layers {outside[0]}: this model has layers 0 to {len(parts.blocks) - 1}")
-    targets = [(layer, part) for layer in chosen for part in SUBLAYERS if layer in parts.joins[part]]
+    targets = [(layer, part) for layer in chosen for part in SUBLAYERS if layer in parts.joins.get(part, {})]
     if not targets:
         raise ValueError("this model does not show where attention and MLP join the residual stream")
     read = windows_of(given, documents, length, windows, parts.room)

@@ -87,10 +87,8 @@ class Anatomy:
     stream: Stream | None = None  # None where norms do not stand in front of the sublayers
     front: int = 0  # learned tokens before every sequence: positions of the stream, the last of them before BOS
     room: int | None = None  # how many tokens learned positions are for; None where there are none
-    joins: dict[str, dict[int, nn.Module]] = field(
-        default_factory=dict
-    )  # of SUBLAYERS, layer -> whose output joins the
-    # stream; that, or the first of a tuple
+    # Of SUBLAYERS: layer -> the module whose output, or the first of a tuple, joins the stream.
+    joins: dict[str, dict[int, nn.Module]] = field(default_factory=dict)
 
     def sites(self, kind: str) -> dict[str, nn.Module]:
         """The places of one kind of SITES but `inputs`; ValueError where the model does not show it."""
@@ -238,9 +236,8 @@ def _ours(model: Any) -> Anatomy:
     }
     tables = [model.embed] if model.places is None else [model.embed, model.places]
     width = model.config.width
-    gates = [
-        name for name, m in attentions[attentive[0]].output.named_modules() if getattr(m, "in_features", 0) == width
-    ]
+    outputs = attentions[attentive[0]].output.named_modules()
+    gates = [name for name, module in outputs if getattr(module, "in_features", 0) == width]
     reads = {
         "attention_norm": ["attention.qkv", *(f"attention.output.{name}" for name in gates)],
         "mlp_norm": ["mlp.up"],

@@ -155,6 +155,7 @@ def _lm(model: Any, tokenizer: Any, bos: int | None, length: int | None) -> Any:
     from lm_eval.models.huggingface import HFLM
 
     _quiet()
+    keeps = "logits_to_keep" in inspect.signature(model.forward).parameters
 
     class Behind(HFLM):  # type: ignore[misc]
         def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
@@ -176,7 +177,6 @@ def _lm(model: Any, tokenizer: Any, bos: int | None, length: int | None) -> Any:
             with torch.no_grad():
                 return self.model(inps, logits_to_keep=min(kept, inps.shape[1])).logits
 
-    keeps = "logits_to_keep" in inspect.signature(model.forward).parameters
     config = getattr(model, "config", None)
     longest = length or min(2048, getattr(config, "max_position_embeddings", None) or 2048)
     return Behind(
