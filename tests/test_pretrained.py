@@ -17,7 +17,7 @@ from checkpoint import SHAPES, folder_of
 from safetensors.torch import load_file, save_file
 
 import quantbench.model  # noqa: F401 - a folder may be a checkpoint of ours
-from quantbench.pretrained import cost, get, identity, open_model, tokenizer_of
+from quantbench.pretrained import SHORT, _joined, cost, get, identity, open_model, tokenizer_of
 
 TEXTS = ["the cat sat on the mat and the dog ran by", "a house near a tree is old and red"] * 8
 
@@ -171,6 +171,17 @@ def test_a_licence_of_its_own_is_accepted_first(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="add --accept-licence"):
         get("gemma3", tmp_path)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", SHORT)
+def test_a_short_name_is_a_file_of_parts(name: str, tmp_path: Path) -> None:
+    parts = SHORT[name].parts(tmp_path)
+    assert parts and len(set(parts)) == len(parts)
+    for number, part in enumerate(parts):
+        part.parent.mkdir(parents=True, exist_ok=True)
+        part.write_bytes(bytes([number]) * (number + 1))
+    whole = _joined(parts, tmp_path)
+    assert whole.read_bytes() == b"".join(part.read_bytes() for part in parts)
 
 
 def test_a_revision_is_of_the_hub(llama: Path) -> None:
