@@ -20,6 +20,7 @@ from quantbench.numerals import plus_minus
 from quantbench.results import BASELINE, Record, comparable, rank_by
 
 LEARNED_LESS, PARETO = "learned less", "Pareto"  # notes that `answer` reads
+SAME = 1e-5  # nats between losses of one function, computed in another order
 SIGNATURES = ("residual-peak", "bos-attention", "value-drain")
 
 
@@ -197,7 +198,7 @@ def _note_front(ranked: list[Row], ranking: str) -> None:
     lowest = math.inf
     for row in ranked:  # by damage
         loss = value_of(row.full("loss"))
-        if loss < lowest:
+        if loss < lowest - SAME:
             lowest = loss
             row.notes.insert(0, PARETO)
 

@@ -166,6 +166,16 @@ def test_fixed_notes() -> None:
     assert "like the best" not in notes["baseline"]
 
 
+def test_rounding_puts_no_row_on_the_front() -> None:
+    """A post-hoc recipe that leaves the function as it was, and whose damage is larger, has no lower loss."""
+    better, worse = runs("better", [0.02] * 5), runs("worse", [0.03] * 5)
+    for record in worse:
+        record["full-precision"]["loss"] -= 1e-7
+    notes = {name: row.notes for name, row in rows_of([*BASELINE, *better, *worse]).items()}
+    assert "Pareto" in notes["better"]
+    assert "Pareto" not in notes["worse"]
+
+
 def test_diverged_rows_come_last_with_their_reason() -> None:
     lucky = [*runs("lucky", [0.01, 0.01]), diverged("lucky", 2, "loss is NaN at step 7")]
     track = board([*BASELINE, *lucky, diverged("sgd")])
