@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from quantbench.anatomy import Prefixed, anatomy
+from quantbench.anatomy import Prefixed, anatomy, device_of
 from quantbench.calibration import Calibration, peak_layer
 from quantbench.mitigations import Mitigation, Prepared
 from quantbench.strict import Range
@@ -63,7 +63,7 @@ class Behind(Prefixed):
         super().__init__()
         self.inner, self.config = model.eval(), model.config
         cache: Any = DynamicCache()
-        prefix_R = prefix_R.to(next(model.parameters()).device)
+        prefix_R = prefix_R.to(device_of(model))
         logits_RV = model(prefix_R[None], past_key_values=cache, use_cache=True).logits[0]
         self.register_buffer("prefix_R", prefix_R)
         self.register_buffer("keys_LHRE", torch.cat([layer.keys for layer in cache.layers]))
@@ -111,7 +111,7 @@ class Standing(DynamicCache):
 @torch.no_grad()
 def extreme_ids(model: nn.Module, calibration: Calibration, bos: int) -> list[int]:
     """Tokens but BOS that are extreme somewhere in the sequences, the most frequent first."""
-    device, norms = next(model.parameters()).device, list[list[Tensor]]()
+    device, norms = device_of(model), list[list[Tensor]]()
 
     def watch(module: nn.Module, args: Any, output: Any) -> None:
         hidden_BTD = output[0] if isinstance(output, tuple) else output
