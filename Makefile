@@ -6,7 +6,9 @@ SEEDS   ?= 3
 BIN     := .venv/bin
 PIP     := $(BIN)/python -m pip --disable-pip-version-check
 STAMP   := .venv/.installed
-SETUP   ?= setup  # none, with BIN= the folder of a python that has everything, where nothing can be installed
+TOOLS   := .venv/.installed-tools
+# Empty, with BIN= the folder of a python that has everything, where nothing can be installed.
+SETUP   ?= $(STAMP)
 PEERS   := hqq torchao einops termcolor  # what tests compare with, and nothing else should import: see pyproject.toml
 
 # In the order of their worth, seed by seed: whoever's time runs out has compared the first of them.
@@ -18,39 +20,50 @@ GPU     := baseline relu-attn sgd gated-attn softmax1 sink-logit softpick muon o
 help:  ## what there is to make
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):[^#]*## /\1\t/' | expand -t 14
 
-setup: $(STAMP)  ## create .venv and install everything, torch first
+setup: $(STAMP)  ## create .venv and install what benchmarks need, torch first; `make test` adds what it needs
 
 # torch comes first and alone, pinned: drawn in by another package it would be the newest build, several GB of it.
+# pip would compile every module of every package; only those that are imported are, by the last line.
+INSTALL := $(PIP) install -qq -c constraints.txt --no-compile
 $(STAMP): pyproject.toml constraints.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	@echo "installing torch, then the rest (a minute or two, once) ..."
-	@$(PIP) install -q -c constraints.txt torch 2>&1 | grep -v 'is ignored: it is neither' || true
-	@$(PIP) install -q -c constraints.txt -e '.[dev]' 2>&1 | grep -v 'is ignored: it is neither' || true
+	@$(INSTALL) --upgrade pip  # a new one takes half the time of Python's own
+	@$(INSTALL) torch
+	@$(INSTALL) -e .
 	@$(PIP) check
-	@$(PIP) install -q -c constraints.txt --no-deps --upgrade --target .venv/peers $(PEERS) 2>&1 \
-		| grep -v 'is ignored: it is neither' || true
-	@$(BIN)/python -c "import quantbench, torch, transformers"
+	@$(BIN)/python -W ignore -c "import quantbench.harness, quantbench.sweep, quantbench.leaderboard, \
+		bitsandbytes, lm_eval.models.huggingface, matplotlib.figure" 2> .venv/first-import.log \
+		|| { cat .venv/first-import.log >&2; exit 1; }
+	@touch $@
+
+# What tests, checks and benchmarks need besides.
+$(TOOLS): $(STAMP)
+	@echo "installing what tests and checks need (once) ..."
+	@$(INSTALL) -e '.[dev]'
+	@$(INSTALL) --no-deps --upgrade --target .venv/peers $(PEERS)
+	@$(PIP) check
 	@touch $@
 
 bench: setup  ## train, measure and quantize a recipe beside its baseline: make bench RECIPE=relu-attn [TRACK=text SEEDS=3]
 	@$(BIN)/quantbench bench $(RECIPE) --track $(TRACK) --seeds $(SEEDS)
 
-test: setup  ## what CI runs
+test: $(TOOLS)  ## what CI runs
 	@$(BIN)/python -m pytest
 
-check: setup  ## format, lint, types
+check: $(TOOLS)  ## format, lint, types
 	@$(BIN)/ruff format --check . && $(BIN)/ruff check . && $(BIN)/mypy
 
-format: setup  ## rewrite the sources in the project's format
+format: $(TOOLS)  ## rewrite the sources in the project's format
 	@$(BIN)/ruff format . && $(BIN)/ruff check --fix .
 
 leaderboard: setup  ## render the tables and figures of results/ again
 	@$(BIN)/quantbench leaderboard
 
-perf: setup  ## benchmarks, as ratios against a peer in the same run, into results/perf/
+perf: $(TOOLS)  ## benchmarks, as ratios against a peer in the same run, into results/perf/
 	@$(BIN)/python -m tests.perf
 
-gpu: $(SETUP)  ## on a machine with a CUDA device: its tests, benchmarks and the track text-gpu; run again, it resumes
+gpu: $(SETUP:$(STAMP)=$(TOOLS))  ## on a machine with a CUDA device: its tests, benchmarks and the track text-gpu; run again, it resumes
 	@$(BIN)/python -m pytest -m gpu
 	@$(BIN)/python -m tests.perf
 	@$(BIN)/python -m quantbench bench $(GPU) --track text-gpu --seeds $(SEEDS)

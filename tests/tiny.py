@@ -60,7 +60,7 @@ def quantizer(name: str, **changes: Any) -> Any:
     """An entry under its name in the catalog; the test is skipped where its package is missing."""
     package = {"w4a16-hqq": "hqq", "torchao-int8dyn": "torchao"}.get(name)
     if package and not find_spec(package):
-        pytest.skip(f"{package} is not installed: `make setup` puts it into .venv/peers")
+        pytest.skip(f"{package} is not installed: `make test` puts it into .venv/peers")
     return catalog.load("quantizers", name)(**catalog.preset("quantizers", name) | changes)
 
 
