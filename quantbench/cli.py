@@ -1,6 +1,7 @@
 """quantbench: the verbs and what they call. Nothing heavy is imported before it is needed.
 
-Exit codes: 0 done, 2 bad input, 3 some cells failed, 4 a run diverged, 5 integrity (a record cannot be trusted).
+Exit codes: 0 done, 2 bad input (or a place that cannot be written), 3 some cells failed, 4 a run diverged, 5 integrity
+(a record cannot be trusted), 130, 143 or 129 stopped by SIGINT, SIGTERM or SIGHUP.
 """
 
 import argparse
@@ -10,8 +11,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from quantbench import __version__, catalog, cli_models
-from quantbench.face import print_table, root, whole_number
+from quantbench import __version__, catalog, cli_models, shell
+from quantbench.face import print_json, print_table, root, whole_number
 
 if TYPE_CHECKING:
     from quantbench.bench import Job
@@ -20,7 +21,14 @@ if TYPE_CHECKING:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs one verb; every refusal is one line on stderr and a documented exit code."""
+    """Runs one verb; every refusal is one line on stderr and a documented exit code.
+
+    Without arguments it is the program: it takes those of the command line, and answers signals.
+    """
+    return shell.run(partial(_run, sys.argv[1:])) if argv is None else _run(argv)
+
+
+def _run(argv: list[str]) -> int:
     arguments = _parser().parse_args(argv)
     try:
         return int(arguments.verb(arguments))
@@ -30,9 +38,6 @@ def main(argv: list[str] | None = None) -> int:
     except _integrity() as error:
         print(f"quantbench: {error}", file=sys.stderr)
         return 5
-    except KeyboardInterrupt:
-        print("quantbench: interrupted; run the same command again to go on where it stopped", file=sys.stderr)
-        return 130
 
 
 def _is_placed(error: Exception) -> bool:
@@ -160,8 +165,6 @@ def _look_into(jobs: "list[Job]", store: "Store", results: Path, arguments: argp
 
 def _print_sites(jobs: "list[Job]", results: Path, arguments: argparse.Namespace) -> None:
     """What is known of these jobs by now: a table, or one JSON object."""
-    import json
-
     from quantbench import tables
     from quantbench.results import read_all, read_sites
 
@@ -172,7 +175,7 @@ def _print_sites(jobs: "list[Job]", results: Path, arguments: argparse.Namespace
         mine = [r for r in every if (r["recipe"]["name"], r["seed"]) in asked]
         mine = [r for r in mine if r["quantizer"]["name"] == arguments.quantizer]
         found = {"track": track, "quantizer": arguments.quantizer, "records": mine}
-        print(json.dumps(found, indent=1, sort_keys=True, allow_nan=False, ensure_ascii=False))
+        print_json(found)
         return
     table = [r for r in read_all(results) if r["track"]["name"] == track]
     if runs := tables.paying(every, table).get(arguments.quantizer):
@@ -192,8 +195,6 @@ def probe(arguments: argparse.Namespace) -> int:
 
 def _print_probes(jobs: "list[Job]", results: Path, as_json: bool) -> None:
     """What is known of these jobs by now: a table a recipe, or one JSON object."""
-    import json
-
     from quantbench import claims
     from quantbench.results import read_probes
 
@@ -201,7 +202,7 @@ def _print_probes(jobs: "list[Job]", results: Path, as_json: bool) -> None:
     mine = [r for r in read_probes(results) if (r["recipe"]["name"], r["track"]["name"], r["seed"]) in asked]
     if as_json:
         found = {"track": jobs[0].track_name, "records": mine}
-        print(json.dumps(found, indent=1, sort_keys=True, allow_nan=False, ensure_ascii=False))
+        print_json(found)
         return
     for name in dict.fromkeys(job.recipe_name for job in jobs):
         if runs := [r for r in mine if r["recipe"]["name"] == name and r["status"] == "finished"]:
@@ -212,13 +213,11 @@ def _print_probes(jobs: "list[Job]", results: Path, as_json: bool) -> None:
 
 def claims_(arguments: argparse.Namespace) -> int:
     """Hold the source paper's claims against the records: published, measured, verdict."""
-    import json
-
     from quantbench import claims
 
     found = claims.examine(_results(arguments), arguments.track)
     if arguments.json:
-        print(json.dumps(claims.plain(found), indent=1, sort_keys=True, allow_nan=False, ensure_ascii=False))
+        print_json(claims.plain(found))
     for track, rows in {} if arguments.json else found.items():
         print_table(claims.table(rows), f"claims of arXiv:2410.13835 on {track}")
     return 0
@@ -358,14 +357,12 @@ def leaderboard_(arguments: argparse.Namespace) -> int:
 
 def relation(arguments: argparse.Namespace) -> int:
     """How the residual peak relates to quantization error, per track and quantizer."""
-    import json
-
     from quantbench.relation import relate
     from quantbench.results import read_all
 
     found = relate(read_all(_results(arguments)))
     if arguments.json:
-        print(json.dumps(found, indent=1, sort_keys=True, allow_nan=False))
+        print_json(found)
         return 0
     for track, quantizers in found.items():
         for quantizer, predictors in quantizers.items():
