@@ -16,7 +16,7 @@ from quantbench.face import print_json, print_table, root, whole_number
 
 if TYPE_CHECKING:
     from quantbench.bench import Job
-    from quantbench.recipe import Track
+    from quantbench.recipe import Recipe, Track
     from quantbench.store import Store
 
 
@@ -63,13 +63,17 @@ def _store() -> "Store":
 
 def bench(arguments: argparse.Namespace) -> int:
     """Train, measure and quantize recipes beside their baseline, and print the table."""
-    jobs = _jobs(arguments, [*([] if arguments.alone else ["baseline"]), *arguments.recipe], arguments.set)
-    results, store = _results(arguments), _store()
-    scratch = bool(arguments.set)
+    store, scratch = _store(), bool(arguments.set)
     if scratch:
         from quantbench.store import digest
 
+        if arguments.results:
+            raise ValueError("--results and --set: what is explored goes to a scratch folder of its own; leave one out")
         results = store.root / "scratch" / digest([sorted(arguments.set)])[:12]
+    else:
+        results = _results(arguments)
+    jobs = _jobs(arguments, [*([] if arguments.alone else ["baseline"]), *arguments.recipe], arguments.set)
+    track = jobs[0].track_name
     if arguments.dry_run:
         return _dry_run(jobs, store, results)
     import os
@@ -79,13 +83,13 @@ def bench(arguments: argparse.Namespace) -> int:
 
     # Even the parent works with one thread: it may compute digests, and must not take the workers' cores.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    print(f"{len(jobs)} runs on track {track}: {', '.join(map(str, jobs))}", file=sys.stderr, flush=True)
     workers = arguments.jobs or default_jobs()
-    print(f"{len(jobs)} runs on track {arguments.track}: {', '.join(map(str, jobs))}", file=sys.stderr, flush=True)
     outcome = sweep(jobs, store, results, workers, arguments.accept, lambda line: print(line, flush=True))
     if not scratch:
         _render(results)
     if len(outcome.failed) < len(jobs):
-        _print_table(results, arguments.track)
+        _print_table(results, track)
     where = f"{results}" + (" (exploring: never on the leaderboard)" if scratch else "")
     print(
         f"{len(outcome.written)} records written, {len(outcome.identical)} reproduced byte for byte, "
@@ -97,13 +101,30 @@ def bench(arguments: argparse.Namespace) -> int:
 def _jobs(arguments: argparse.Namespace, recipe_names: list[str], sets: Sequence[str] = ()) -> "list[Job]":
     """Seed by seed, in the order of the names, so that a first comparison is there early."""
     from quantbench.bench import Job, first_seeds
-    from quantbench.recipe import load_recipe, load_track
 
-    # Recipes first: most of them load nothing heavy, while every track loads its quantizers.
-    recipes = dict(load_recipe(name, root()) for name in dict.fromkeys(recipe_names))
-    track_name, track = load_track(arguments.track, root(), sets)
-    seeds = track.seeds if arguments.seeds is None else first_seeds(track, arguments.seeds)
-    return [Job(name, recipe, track_name, track, seed) for seed in seeds for name, recipe in recipes.items()]
+    for declared in (True, False):  # whatever is wrong in any file is told before the first entry is imported
+        recipes = _recipes(recipe_names, declared)
+        track_name, track = _track(arguments.track, sets, declared)
+        seeds = track.seeds if arguments.seeds is None else first_seeds(track, arguments.seeds)
+        jobs = [Job(name, recipe, track_name, track, seed) for seed in seeds for name, recipe in recipes.items()]
+    return jobs
+
+
+def _recipes(given: list[str], declared: bool = False) -> "dict[str, Recipe]":
+    """Recipes by name. ValueError where two have one name, under which one's records would replace the other's."""
+    from quantbench.recipe import load_recipe
+
+    found: dict[str, Recipe] = {}
+    for name, recipe in (load_recipe(each, root(), declared=declared) for each in dict.fromkeys(given)):
+        if found.setdefault(name, recipe) != recipe:
+            raise ValueError(f"two different recipes are named {name!r}, and records go by that: rename a file")
+    return found
+
+
+def _track(given: str, sets: Sequence[str] = (), declared: bool = False) -> "tuple[str, Track]":
+    from quantbench.recipe import load_track
+
+    return load_track(given, root(), sets, declared)
 
 
 def _results(arguments: argparse.Namespace) -> Path:
@@ -138,6 +159,7 @@ def _print_table(results: Path, track: str) -> None:
 
 def sites(arguments: argparse.Namespace) -> int:
     """Tell which site pays: the damage of rounding each place alone, and of rounding all but it."""
+    _known_quantizer(arguments.quantizer)
     jobs, results, store = _jobs(arguments, arguments.recipe), _results(arguments), _store()
 
     from quantbench import sites as paying
@@ -228,14 +250,19 @@ def export(arguments: argparse.Namespace) -> int:
     import os
 
     from quantbench.bench import Job
-    from quantbench.recipe import load_recipe, load_track
+    from quantbench.store import check_writable
 
-    name, recipe = load_recipe(arguments.recipe, root())
-    track_name, track = load_track(arguments.track, root())
-    if track.pretrained:
-        raise ValueError(f"the model of track {track_name} is there already; what is exported here is trained here")
-    job = Job(name, recipe, track_name, track, track.seeds[0] if arguments.seed is None else arguments.seed)
-    quantizer = _quantizer(arguments.quantizer, track)
+    _known_quantizer(arguments.quantizer)
+    if (package := catalog.package(arguments.quantizer)) in ("bitsandbytes", "torchao"):
+        raise ValueError(f"--quantizer {arguments.quantizer}: {package} saves its models by its own means")
+    check_writable(Path(arguments.to), "--to")
+    for declared in (True, False):
+        ((name, recipe),) = _recipes([arguments.recipe], declared).items()
+        track_name, track = _track(arguments.track, declared=declared)
+        if track.pretrained:
+            raise ValueError(f"the model of track {track_name} is there already; what is exported here is trained here")
+        job = Job(name, recipe, track_name, track, track.seeds[0] if arguments.seed is None else arguments.seed)
+        quantizer = _quantizer(arguments.quantizer, track, declared)
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     import torch
 
@@ -253,16 +280,20 @@ def export(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _quantizer(name: str, track: "Track") -> Any:
-    """The track's quantizer of that name, else the catalog's; ValueError where it cannot work on the track's model."""
+def _known_quantizer(name: str) -> None:
     from quantbench.strict import nearest, quote
 
     known = catalog.names("quantizers")
     if name not in known:
         raise ValueError(f"--quantizer {quote(name)}: there is none{nearest(name, known)}")
+
+
+def _quantizer(name: str, track: "Track", declared: bool) -> Any:
+    """The track's quantizer of that name, else the catalog's; ValueError where it cannot work on the track's model."""
     quantizer: Any = track.quantizers.get(name)
     if quantizer is None:
-        quantizer = catalog.load("quantizers", name)(**catalog.preset("quantizers", name))
+        kind = catalog.declared if declared else catalog.load
+        quantizer = kind("quantizers", name)(**catalog.preset("quantizers", name))
     quantizer.check([track.model.width, track.model.mlp_width])
     return quantizer
 
@@ -276,17 +307,22 @@ def tune(arguments: argparse.Namespace) -> int:
     """Find a recipe's learning rate by full-precision loss alone, on a seed outside the track's."""
     from quantbench import tune as tuning
     from quantbench.bench import default_jobs
-    from quantbench.recipe import load_recipe, load_track
+    from quantbench.store import check_writable
 
-    track_name, track = load_track(arguments.track, root())
-    center = load_recipe("baseline", root())[1].lr.get(track_name, track.lr)
-    stopped = 0
-    for name, recipe in [load_recipe(given, root()) for given in arguments.recipe]:
+    results, stopped = _results(arguments), 0
+    check_writable(results, "--results")
+    for declared in (True, False):
+        recipes = _recipes(arguments.recipe, declared)
+        track_name, track = _track(arguments.track, declared=declared)
+        center = _recipes(["baseline"], declared)["baseline"].lr.get(track_name, track.lr)
+        for name, recipe in recipes.items():
+            tuning.check(name, recipe, track_name, track)
+    for name, recipe in recipes.items():
         workers = arguments.jobs or default_jobs()
         record = tuning.tune(
             name, recipe, center, track_name, track, _store(), workers, lambda line: print(line, flush=True)
         )
-        path = tuning.write(_results(arguments), record)
+        path = tuning.write(results, record)
         if record["best"] is None:
             stopped = 4
         print(
@@ -316,14 +352,12 @@ def show(arguments: argparse.Namespace) -> int:
     import json
 
     from quantbench.bench import Job
-    from quantbench.recipe import load_recipe, load_track
     from quantbench.strict import dump
 
-    name, recipe = load_recipe(arguments.recipe, root())
-    track_name, track = load_track(arguments.track, root())
-    mine, baseline = (
-        Job(n, r, track_name, track, 0).resolved for n, r in ((name, recipe), load_recipe("baseline", root()))
-    )
+    ((name, recipe),) = _recipes([arguments.recipe], declared=True).items()
+    track_name, track = _track(arguments.track, declared=True)
+    (other,) = _recipes(["baseline"], declared=True).values()
+    mine, baseline = (Job(n, r, track_name, track, 0).resolved for n, r in ((name, recipe), ("baseline", other)))
     print(f"{name}: {recipe.title}\n{recipe.why}" + (f"\n{recipe.paper}" if recipe.paper else ""))
     print("\ndiffers from the baseline in:")
     differences = {key: value for key, value in mine.items() if value != baseline[key]}
@@ -340,13 +374,24 @@ def check(arguments: argparse.Namespace) -> int:
     faults = 0
     for file in arguments.file:
         try:
-            load = load_track if Path(file).resolve().parent.name == "tracks" else load_recipe
-            load(file if file.endswith(".yaml") else f"{file}.yaml", root())
+            path = file if file.endswith(".yaml") else f"{file}.yaml"
+            load = load_track if _is_track(Path(path)) else load_recipe
+            load(path, root(), declared=True)
             print(f"{file}: fine")
         except ValueError as error:
             faults += 1
             print(error, file=sys.stderr)
     return 2 if faults else 0
+
+
+def _is_track(path: Path) -> bool:
+    """Whether a file is to be read as a track: by its folder, or, elsewhere, because it states a task."""
+    if path.resolve().parent.name in ("tracks", "recipes"):
+        return path.resolve().parent.name == "tracks"
+    try:
+        return b"\ntask:" in b"\n" + path.read_bytes()
+    except OSError:
+        return False  # which is told as it is read
 
 
 def leaderboard_(arguments: argparse.Namespace) -> int:
@@ -375,9 +420,7 @@ def relation(arguments: argparse.Namespace) -> int:
 
 def carry(arguments: argparse.Namespace) -> int:
     """Write a track's text into one file, for a machine that has no network or other packages."""
-    from quantbench.recipe import load_track
-
-    name, track = load_track(arguments.track, root())
+    name, track = [_track(arguments.track, declared=declared) for declared in (True, False)][1]
     kept = _store()
     try:
         path = track.task.carry(kept.root)  # type: ignore[attr-defined]
@@ -401,6 +444,8 @@ def store(arguments: argparse.Namespace) -> int:
 
 # --- arguments -------------------------------------------------------------------------------------------------------
 
+JOBS = whole_number(1, 1024)
+
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
@@ -420,9 +465,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     runs.add_argument("--track", default="text", help="what is held equal (default: text)")
     runs.add_argument("--seeds", type=int, metavar="N", help="the first N seeds of the track (default: all)")
-    runs.add_argument(
-        "--jobs", type=whole_number(1), metavar="N", help="runs at a time, one thread each (default: one per core)"
-    )
+    runs.add_argument("--jobs", type=JOBS, metavar="N", help="runs at a time, one thread each (default: one per core)")
     runs.add_argument("--results", metavar="DIR", help="where records and tables go (default: results/)")
     runs.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE",
@@ -437,7 +480,7 @@ def _parser() -> argparse.ArgumentParser:
         looks.add_argument("recipe", nargs="+", metavar="RECIPE")
         looks.add_argument("--track", default=track)
         looks.add_argument("--seeds", type=int, metavar="N", help="the first N seeds of the track (default: all)")
-        looks.add_argument("--jobs", type=whole_number(1), metavar="N", help="runs at a time (default: one per core)")
+        looks.add_argument("--jobs", type=JOBS, metavar="N", help="runs at a time (default: one per core)")
         looks.add_argument("--results", metavar="DIR", help="where records and tables go (default: results/)")
         looks.add_argument("--accept", action="store_true", help="replace committed records that this run contradicts")
         looks.add_argument("--json", action="store_true", help="one JSON object: the records of these runs")
@@ -456,7 +499,7 @@ def _parser() -> argparse.ArgumentParser:
     tunes = verb("tune", tune)
     tunes.add_argument("recipe", nargs="+", metavar="RECIPE")
     tunes.add_argument("--track", default="text")
-    tunes.add_argument("--jobs", type=whole_number(1), metavar="N", help="runs at a time (default: one per core)")
+    tunes.add_argument("--jobs", type=JOBS, metavar="N", help="runs at a time (default: one per core)")
     tunes.add_argument("--results", metavar="DIR", help="where the sweep is recorded (default: results/)")
     verb("list", list_).add_argument("--json", action="store_true", help="one JSON object of lists of names")
     shows = verb("show", show)

@@ -36,7 +36,7 @@ class Stopped(KeyboardInterrupt):
 
 
 def run(main: Callable[[], int]) -> int:
-    """The exit code of the program `main`, which answers signals from here on, and whose output may fail."""
+    """Runs the program `main` and ends the process with its exit code: signals are answered, and output may fail."""
     if _state["running"]:
         return main()
     _state["running"] = True
@@ -48,7 +48,8 @@ def run(main: Callable[[], int]) -> int:
     except KeyboardInterrupt as stop:
         code = stopped(stop)
     _state["ending"] = True  # from here on, nobody would catch a `Stopped`
-    return _finished(code)
+    code = _finished(code)
+    os._exit(code)  # at once: there is nothing to put in order, and a signal in the midst of that would be an error
 
 
 def install() -> None:

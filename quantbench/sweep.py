@@ -21,9 +21,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quantbench import shell
-from quantbench.bench import Job, experiment
+from quantbench.bench import Job, check, experiment
 from quantbench.results import Record, rank_by, write
-from quantbench.store import Store
+from quantbench.store import Store, check_writable
 
 if TYPE_CHECKING:
     from multiprocessing.connection import Connection
@@ -58,8 +58,9 @@ def sweep(
     function: Experiment = experiment,
 ) -> Outcome:
     """Makes and writes the record that `function` gives of every job."""
+    check_writable(results, "results in")
     outcome = Outcome()
-    for job, done in each(function, jobs, store, workers):
+    for job, done in each(function, jobs, store, workers, check):
         if isinstance(done, str):
             outcome.failed[str(job)] = done
             print(f"quantbench: {job}: {done}", file=sys.stderr)
@@ -69,10 +70,16 @@ def sweep(
     return outcome
 
 
-def each(function: Callable[..., Any], jobs: list[Job], store: Store, workers: int) -> Iterator[tuple[Job, Any]]:
+def each(
+    function: Callable[..., Any],
+    jobs: list[Job],
+    store: Store,
+    workers: int,
+    check: Callable[[list[Job], Store], None] = lambda *_: None,
+) -> Iterator[tuple[Job, Any]]:
     """Every job with what `function(job, store, compute, say)` of `bench` gives, as they end; text: why it failed.
 
-    What is in the store already comes first and starts no worker.
+    What is in the store already comes first and starts no worker; `check` may refuse the rest before any work.
     """
     missing = []
     for job in jobs:
@@ -83,6 +90,7 @@ def each(function: Callable[..., Any], jobs: list[Job], store: Store, workers: i
             yield job, done
     if not missing:
         return
+    check(missing, store)
     with _progress(missing) as report:
         # Twice alone, where the memory is its own: what breaks then is broken.
         rounds = [1, 1] if min(workers, len(missing)) == 1 else [workers, 1, 1]

@@ -262,16 +262,18 @@ def test_alone_leaves_the_baseline_out_and_more_seeds_are_the_extra_ones(capsys:
 
 
 def test_set_is_for_exploring(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Never onto the leaderboard, whatever folder is asked for; other settings go to another folder."""
+    """Never onto the leaderboard; other settings go to another folder, and no folder that is asked for is forgotten."""
     wheres = set()
     for sets in (["steps=30"], ["steps=31"], ["steps=30", "lr=1e-3"]):
         flags = [flag for one in sets for flag in ("--set", one)]
-        assert main(["bench", "baseline", "--track", "smoke", "--dry-run", "--results", "mine", *flags]) == 0
+        assert main(["bench", "baseline", "--track", "smoke", "--dry-run", *flags]) == 0
         *jobs, where = capsys.readouterr().out.splitlines()
         assert all(f"{sets[0].partition('=')[2]} steps" in line for line in jobs)
         wheres.add(where.removeprefix("records would go to "))
     assert len(wheres) == 3
     assert {Path(where).parent for where in wheres} == {project / ".quantbench" / "scratch"}
+    assert main(["bench", "baseline", "--track", "smoke", "--set", "steps=30", "--results", "mine"]) == 2
+    assert capsys.readouterr().err.startswith("quantbench: --results and --set: what is explored goes to a scratch")
 
 
 def test_leaderboard_renders_the_records_and_the_projects_page(project: Path) -> None:

@@ -54,6 +54,8 @@ class Shelf:
     def load(self, axis: str, name: str) -> type:
         return self.kinds[name]
 
+    declared = load
+
     def preset(self, axis: str, name: str) -> dict[str, object]:
         return {}
 
