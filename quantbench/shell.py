@@ -23,6 +23,7 @@ from types import FrameType
 from typing import Any, NoReturn
 
 STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+GRACE = 3.0  # seconds from the first signal to the end
 ASCII = {"×": "x", "−": "-", "–": "-", "±": "+/-", "ρ": "rho", "‖": "||", "→": "->", "²": "^2", "Δ": "delta ",
          "†": "*", "…": "...", "‘": "'", "’": "'", "“": '"', "”": '"'}  # fmt: skip
 
@@ -69,6 +70,9 @@ def _stop(signum: int, _frame: FrameType | None) -> None:
     if _state["ending"]:  # asked twice, or too late for an exception
         _end(signum)
     _state["ending"] = True
+    # In case that nobody catches it (Python drops what is raised within a __del__), or what is put in order hangs.
+    signal.signal(signal.SIGALRM, lambda *_: _end(signum))
+    signal.setitimer(signal.ITIMER_REAL, GRACE)
     raise Stopped(signum)
 
 

@@ -1,8 +1,11 @@
 """The face: verbs, exit codes, one line per refusal, and nothing heavy or written before it is needed."""
 
 import json
+import os
 import re
+import shlex
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -375,3 +378,116 @@ def test_store_counts_cells_and_prunes_partial_work(project: Path, capsys: pytes
     assert main(["store"]) == 0
     assert capsys.readouterr().out.split() == ["pretrain", "1", "cells", "2.0", "MB"]
     assert store.load("pretrain", {"seed": 0}) is not None
+
+
+# --- signals ---------------------------------------------------------------------------------------------------------
+
+LINE = "run the same command again to go on where it stopped\n"
+SAID = {
+    signal.SIGINT: f"quantbench: interrupted; {LINE}",
+    signal.SIGTERM: f"quantbench: stopped by SIGTERM; {LINE}",
+    signal.SIGHUP: f"quantbench: stopped by SIGHUP; {LINE}",
+}
+WAITS = "print('ready', flush=True); time.sleep(60)"
+PROGRAMS = {  # when a signal comes, and a program that waits for it there
+    "at work": f"def main():\n {WAITS}",
+    "while it imports": "def main():\n sys.path.insert(0, sys.argv[1]); import waits",
+    "while it ends": f"def main():\n try:\n  os.kill(os.getpid(), signal.SIGTERM)\n finally:\n  {WAITS}",
+    "while it prints": "def main():\n while True: print('ready', flush=True)",
+}
+DEAF = f"class Deaf:\n def __del__(self):\n  {WAITS}\ndef main():\n Deaf()\n time.sleep(60)"
+
+
+def program(code: str, *arguments: str, encoding: str = "utf-8") -> subprocess.Popen[str]:
+    command = [sys.executable, "-c", f"import os, signal, sys, time\nfrom quantbench import shell\n{code}", *arguments]
+    # A shell that runs the suite in the background ignores SIGINT, and children inherit that.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding=encoding)
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.parametrize("signum", SAID)
+@pytest.mark.parametrize("moment", PROGRAMS)
+def test_a_signal_is_one_line_and_its_code(tmp_path: Path, moment: str, signum: signal.Signals) -> None:
+    (tmp_path / "waits.py").write_text(f"import time\n{WAITS}\n")
+    with program(f"{PROGRAMS[moment]}\nshell.run(main)", str(tmp_path)) as child:
+        assert (child.stdout and child.stdout.readline()) == "ready\n"
+        child.send_signal(signum)
+        _, err = child.communicate(timeout=30)
+    assert (child.returncode, err) == (128 + signum, SAID[signum])
+
+
+def test_a_signal_is_obeyed_where_python_ignores_exceptions() -> None:
+    with program(f"{DEAF}\nshell.run(main)") as child:
+        assert (child.stdout and child.stdout.readline()) == "ready\n"
+        child.send_signal(signal.SIGTERM)
+        _, err = child.communicate(timeout=30)
+    assert child.returncode == 128 + signal.SIGTERM
+    assert err.endswith(SAID[signal.SIGTERM])
+
+
+def test_a_signal_that_is_ignored_stays_ignored() -> None:
+    """As by nohup."""
+    code = (
+        "signal.signal(signal.SIGHUP, signal.SIG_IGN)\nshell.install()\nos.kill(os.getpid(), signal.SIGHUP)\nprint(1)"
+    )
+    with program(code) as child:
+        assert child.communicate() == ("1\n", "")
+    assert child.returncode == 0
+
+
+# --- output that nobody takes ----------------------------------------------------------------------------------------
+
+PRINTING = [
+    ["--help"],
+    ["list"],
+    ["list", "--json"],
+    ["show", "relu-attn"],
+    ["check", "recipes/baseline.yaml"],
+    ["claims", "--track", "bb-1layer"],
+]
+
+
+def told(arguments: list[str], stdout: str, **environment: str) -> tuple[int, str, bytes]:
+    """(exit code, stderr, what came out) of a run whose stdout a shell has set up."""
+    command = f'"{sys.executable}" -m quantbench {shlex.join(arguments)} {stdout}'
+    done = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, env=os.environ | environment)
+    return done.returncode, done.stderr.decode(), done.stdout
+
+
+@pytest.mark.parametrize("arguments", PRINTING, ids=" ".join)
+def test_a_reader_that_has_enough_is_no_failure(arguments: list[str]) -> None:
+    code, err, _ = told(arguments, "| head -c 1; exit ${PIPESTATUS[0]}", PYTHONUNBUFFERED="1")
+    assert (code, err) == (0, "")
+
+
+@pytest.mark.parametrize(("stdout", "why"), [(">&-", "Bad file descriptor"), (">/dev/full", "No space left on device")])
+@pytest.mark.parametrize("arguments", PRINTING[:2], ids=" ".join)
+def test_output_that_is_lost_is_told_in_a_line(arguments: list[str], stdout: str, why: str) -> None:
+    code, err, _ = told(arguments, stdout)
+    assert (code, err) == (2, f"quantbench: stdout: {why}: what was to be printed is lost, not the work\n")
+
+
+def test_errors_that_cannot_be_told_keep_their_code(project: Path) -> None:
+    assert told(["bench", "none"], "2>&-")[::2] == (2, b"")
+    assert told(["bench", "none"], "2>/dev/full")[::2] == (2, b"")
+    assert told(["list"], ">&- 2>&-")[0] == 2
+
+
+@pytest.mark.parametrize(
+    ("encoding", "sign", "text"),
+    [("ascii", "x 3 \\xe9", '"\\u00d7 3 \\u00e9"'), ("latin-1", "× 3 é", None), ("utf-8", "× 3 é", '"× 3 é"')],
+)
+def test_signs_that_a_terminal_lacks_are_written_in_ascii(
+    encoding: str, sign: str, text: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONIOENCODING", encoding)
+    prints = "from quantbench.face import print_json\ndef main():\n print(s); print_json(s); return 0"
+    with program(f"s = '\\xd7 3 \\xe9'\n{prints}\nshell.run(main)", encoding=encoding) as child:
+        out, err = child.communicate()
+    assert (child.returncode, err) == (0, "")
+    assert out.splitlines()[0] == sign
+    assert json.loads(out.splitlines()[1]) == "× 3 é"
+    assert text in (None, out.splitlines()[1])
