@@ -71,7 +71,7 @@ def bench(arguments: argparse.Namespace) -> int:
             raise ValueError("--results and --set: what is explored goes to a scratch folder of its own; leave one out")
         results = store.root / "scratch" / digest([sorted(arguments.set)])[:12]
     else:
-        results = _results(arguments)
+        results = _results(arguments, written=True)
     jobs = _jobs(arguments, [*([] if arguments.alone else ["baseline"]), *arguments.recipe], arguments.set)
     track = jobs[0].track_name
     if arguments.dry_run:
@@ -127,8 +127,16 @@ def _track(given: str, sets: Sequence[str] = (), declared: bool = False) -> "tup
     return load_track(given, root(), sets, declared)
 
 
-def _results(arguments: argparse.Namespace) -> Path:
-    return Path(arguments.results) if arguments.results else root() / "results"
+def _results(arguments: argparse.Namespace, read: bool = False, written: bool = False) -> Path:
+    """The folder of the results. ValueError where it is to be `read` and was named, but is not there; or `written`."""
+    from quantbench.store import check_writable
+
+    results = Path(arguments.results).expanduser() if arguments.results else root() / "results"
+    if read and arguments.results and not results.is_dir():
+        raise ValueError(f"--results {arguments.results}: no such folder")
+    if written:
+        check_writable(results, "results in")
+    return results
 
 
 def _dry_run(jobs: "list[Job]", store: "Store", results: Path) -> int:
@@ -160,7 +168,8 @@ def _print_table(results: Path, track: str) -> None:
 def sites(arguments: argparse.Namespace) -> int:
     """Tell which site pays: the damage of rounding each place alone, and of rounding all but it."""
     _known_quantizer(arguments.quantizer)
-    jobs, results, store = _jobs(arguments, arguments.recipe), _results(arguments), _store()
+    results, store = _results(arguments, written=True), _store()
+    jobs = _jobs(arguments, arguments.recipe)
 
     from quantbench import sites as paying
 
@@ -206,7 +215,8 @@ def _print_sites(jobs: "list[Job]", results: Path, arguments: argparse.Namespace
 
 def probe(arguments: argparse.Namespace) -> int:
     """Intervene on trained models: without an attention, an MLP, block 0, or the residual peak alone."""
-    jobs, results, store = _jobs(arguments, arguments.recipe), _results(arguments), _store()
+    results, store = _results(arguments, written=True), _store()
+    jobs = _jobs(arguments, arguments.recipe)
 
     from quantbench import probe as probing
 
@@ -237,7 +247,7 @@ def claims_(arguments: argparse.Namespace) -> int:
     """Hold the source paper's claims against the records: published, measured, verdict."""
     from quantbench import claims
 
-    found = claims.examine(_results(arguments), arguments.track)
+    found = claims.examine(_results(arguments, read=True), arguments.track)
     if arguments.json:
         print_json(claims.plain(found))
     for track, rows in {} if arguments.json else found.items():
@@ -307,10 +317,8 @@ def tune(arguments: argparse.Namespace) -> int:
     """Find a recipe's learning rate by full-precision loss alone, on a seed outside the track's."""
     from quantbench import tune as tuning
     from quantbench.bench import default_jobs
-    from quantbench.store import check_writable
 
-    results, stopped = _results(arguments), 0
-    check_writable(results, "--results")
+    results, stopped = _results(arguments, written=True), 0
     for declared in (True, False):
         recipes = _recipes(arguments.recipe, declared)
         track_name, track = _track(arguments.track, declared=declared)
@@ -396,7 +404,7 @@ def _is_track(path: Path) -> bool:
 
 def leaderboard_(arguments: argparse.Namespace) -> int:
     """Render the tables and figures of the results again."""
-    _render(_results(arguments))
+    _render(_results(arguments, read=True, written=True))
     return 0
 
 
@@ -405,7 +413,7 @@ def relation(arguments: argparse.Namespace) -> int:
     from quantbench.relation import relate
     from quantbench.results import read_all
 
-    found = relate(read_all(_results(arguments)))
+    found = relate(read_all(_results(arguments, read=True)))
     if arguments.json:
         print_json(found)
         return 0

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 from quantbench import shell
 from quantbench.bench import Job, check, experiment
 from quantbench.results import Record, rank_by, write
-from quantbench.store import Store, check_writable
+from quantbench.store import Store
 
 if TYPE_CHECKING:
     from multiprocessing.connection import Connection
@@ -58,7 +58,6 @@ def sweep(
     function: Experiment = experiment,
 ) -> Outcome:
     """Makes and writes the record that `function` gives of every job."""
-    check_writable(results, "results in")
     outcome = Outcome()
     for job, done in each(function, jobs, store, workers, check):
         if isinstance(done, str):
