@@ -247,7 +247,8 @@ def claims_(arguments: argparse.Namespace) -> int:
     """Hold the source paper's claims against the records: published, measured, verdict."""
     from quantbench import claims
 
-    found = claims.examine(_results(arguments, read=True), arguments.track)
+    track = arguments.track and arguments.track.removesuffix(".yaml").rpartition("/")[2]  # a path names a track, too
+    found = claims.examine(_results(arguments, read=True), track)
     if arguments.json:
         print_json(claims.plain(found))
     for track, rows in {} if arguments.json else found.items():
@@ -436,7 +437,7 @@ def carry(arguments: argparse.Namespace) -> int:
         raise ValueError(f"track {name}: {error}") from None
     data = track.task.open(kept.root)  # type: ignore[attr-defined]
     print(f"{path}: {path.stat().st_size / 2**20:.1f} MiB, data {data.digest[:12]}")
-    print(f"copy it to {path.relative_to(root())} of the clone on the other machine")
+    print(f"copy it to {'.quantbench' / path.relative_to(kept.root)} of the clone on the other machine")
     return 0
 
 
