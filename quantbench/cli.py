@@ -78,6 +78,7 @@ def bench(arguments: argparse.Namespace) -> int:
         return _dry_run(jobs, store, results)
     import os
 
+    from quantbench import leaderboard
     from quantbench.bench import default_jobs
     from quantbench.sweep import sweep
 
@@ -85,16 +86,19 @@ def bench(arguments: argparse.Namespace) -> int:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     print(f"{len(jobs)} runs on track {track}: {', '.join(map(str, jobs))}", file=sys.stderr, flush=True)
     workers = arguments.jobs or default_jobs()
+    leaderboard.check(results, _page(results))
     outcome = sweep(jobs, store, results, workers, arguments.accept, lambda line: print(line, flush=True))
-    if not scratch:
-        _render(results)
-    if len(outcome.failed) < len(jobs):
-        _print_table(results, track)
-    where = f"{results}" + (" (exploring: never on the leaderboard)" if scratch else "")
-    print(
-        f"{len(outcome.written)} records written, {len(outcome.identical)} reproduced byte for byte, "
-        f"{len(outcome.differs)} differ, {len(outcome.diverged)} diverged, {len(outcome.failed)} failed; in {where}"
-    )
+    try:
+        if not scratch:
+            _render(results)
+        if len(outcome.failed) < len(jobs):
+            _print_table(results, track)
+    finally:  # what was done is told, whatever becomes of the tables
+        where = f"{results}" + (" (exploring: never on the leaderboard)" if scratch else "")
+        print(
+            f"{len(outcome.written)} records written, {len(outcome.identical)} reproduced byte for byte, "
+            f"{len(outcome.differs)} differ, {len(outcome.diverged)} diverged, {len(outcome.failed)} failed; in {where}"
+        )
     return outcome.exit_code
 
 
@@ -153,10 +157,13 @@ def _dry_run(jobs: "list[Job]", store: "Store", results: Path) -> int:
 def _render(results: Path) -> None:
     from quantbench import leaderboard
 
-    # The page beside results/ is the project's own, with a block for its table; beside any other folder it is not ours.
+    leaderboard.write(results, _page(results))
+
+
+def _page(results: Path) -> Path | None:
+    """The project's README, which has a block for the table of results/; beside any other folder it is not ours."""
     readme = root() / "README.md"
-    ours = results.resolve() == root() / "results" and readme.is_file()
-    leaderboard.write(results, readme if ours else None)
+    return readme if results.resolve() == root() / "results" and readme.is_file() else None
 
 
 def _print_table(results: Path, track: str) -> None:
@@ -184,10 +191,12 @@ def _look_into(jobs: "list[Job]", store: "Store", results: Path, arguments: argp
     """Makes the records that a function gives of trained models, and renders; the exit code."""
     import os
 
+    from quantbench import leaderboard
     from quantbench.bench import default_jobs
     from quantbench.sweep import sweep
 
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    leaderboard.check(results, _page(results))
     workers, tell = arguments.jobs or default_jobs(), partial(print, file=sys.stderr)
     outcome = sweep(jobs, store, results, workers, arguments.accept, tell, function)
     _render(results)

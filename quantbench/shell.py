@@ -7,8 +7,10 @@ whole after a kill at any moment (see store.py).
 A reader that has enough (`| head`) is no failure. A stream that is closed, or on a full disk, is one that is told at
 the end, when the work is done and kept. What the terminal's encoding has no sign for is written in ASCII.
 
-Imported before anything else: so that it is quick, this file imports nothing of the project.
+Imported before anything else, when signals are not yet answered: so it is quick, and imports nothing that is slow.
 """
+
+from __future__ import annotations
 
 import codecs
 import errno
@@ -19,8 +21,11 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from types import FrameType
-from typing import Any, NoReturn
+
+TYPE_CHECKING = False  # as that of typing, which alone takes longer than all the rest
+if TYPE_CHECKING:
+    from types import FrameType
+    from typing import Any, NoReturn
 
 STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 GRACE = 3.0  # seconds from the first signal to the end

@@ -322,6 +322,29 @@ def test_a_broken_record_is_exit_5_and_named(project: Path, capsys: pytest.Captu
     assert tree(project) == before
 
 
+def test_what_cannot_be_rendered_is_told_before_anything_is_trained(
+    project: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["bench", "baseline", "--track", "smoke", "--seeds", "1"]
+    (project / "README.md").write_text("no block for a table\n")
+    assert main(arguments) == 2
+    assert "put one line <!-- leaderboard:begin -->" in capsys.readouterr().err
+    (project / "README.md").unlink()
+    write(project / "results", synthetic(), {})
+    path = path_of(project / "results", synthetic())
+    path.write_bytes(path.read_bytes().replace(b'"kl": 0.1,', b'"kl": 0.2 ,', 1))
+    assert main(arguments) == 5
+    assert str(path) in capsys.readouterr().err
+    assert not (project / ".quantbench").exists()
+
+
+@pytest.mark.parametrize("verb", ["claims", "relation", "leaderboard"])
+def test_results_that_are_not_there_are_told(project: Path, capsys: pytest.CaptureFixture[str], verb: str) -> None:
+    assert main([verb, "--results", "nowhere"]) == 2
+    assert capsys.readouterr() == ("", "quantbench: --results nowhere: no such folder\n")
+    assert not (project / "nowhere").exists()
+
+
 def test_relation_gives_figures_for_every_quantizer(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for index, recipe in enumerate(("baseline", "relu-attn", "sgd", "muon")):
         for seed in range(2):
