@@ -11,8 +11,6 @@ from importlib import import_module
 from types import ModuleType
 from typing import Any
 
-from quantbench.light import light
-
 Line = str | tuple[str, dict[str, Any]]
 
 
@@ -128,12 +126,16 @@ def load(axis: str, name: str) -> Any:
 
 def declared(axis: str, name: str) -> Any:
     """As `load`, the entry as its source declares it, for which no library is imported: enough to judge a file by."""
+    from quantbench.light import light
+
     module, _, attribute = _target(AXES[axis][name]).partition(":")
     return getattr(light(f"quantbench.{axis}.{module}"), attribute)
 
 
 def contract(axis: str) -> ModuleType:
     """The contract of an axis, for entries as `declared` gives them."""
+    from quantbench.light import light
+
     return light(f"quantbench.{axis}")
 
 

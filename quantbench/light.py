@@ -85,10 +85,10 @@ class _Loader(SourceFileLoader):
                 self.is_whole = False
                 continue
             if isinstance(statement, ast.ClassDef):
-                statement.body = self._kept(statement.body, set(known)) or [ast.Pass()]
+                statement.body = self._kept(statement.body, set(known)) or [ast.copy_location(ast.Pass(), statement)]
             known |= bound
             kept.append(statement)
-        return [ast.fix_missing_locations(statement) for statement in kept]
+        return kept
 
     def _import(self, statement: ast.Import | ast.ImportFrom) -> dict[str, object]:
         """What an import binds; nothing where it is of a library."""

@@ -159,6 +159,9 @@ class Track:
         """ValueError where task, model and quantizers do not fit one another: told before hours of pretraining."""
         task = catalog.entry_name("tasks", self.task)
         if self.pretrained:
+            at = strict.place(self.pretrained)
+            if at.startswith((".", "/")) and not Path(at).exists():
+                raise KeyedError(f"'pretrained': there is no {at}", "pretrained")
             return  # its widths are known when it is opened
         if task == "passages":
             raise KeyedError(

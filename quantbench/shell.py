@@ -50,7 +50,7 @@ def run(main: Callable[[], int]) -> int:
         install()
         code = main()
     except SystemExit as end:  # of argparse
-        code = end.code if isinstance(end.code, int) else 2
+        code = end.code if isinstance(end.code, int) else 0 if end.code is None else 2
     except KeyboardInterrupt as stop:
         code = stopped(stop)
     _state["ending"] = True  # from here on, nobody would catch a `Stopped`

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -280,6 +281,16 @@ def test_what_cannot_be_judged_is_told_before_it_is_trained(
     assert {stage: count for stage, count, _ in Store(copy / ".quantbench").usage() if stage != "text"} == {
         stage: count for stage, count, _ in cells if stage != "text"
     }
+
+
+@pytest.mark.skipif(bool(find_spec("torchao")), reason="torchao is installed")
+def test_a_package_that_a_quantizer_needs_is_asked_for_before(copy: Path) -> None:
+    code, out, err = run(copy, *BENCH, "--set", "quantizers.torchao-int8dyn={}")
+    assert (code, out) == (2, "")
+    assert err.endswith(
+        "quantbench: track tiny: torchao-int8dyn needs torchao, which is not installed; it comes with: "
+        "pip install quantbench[peers]\n"
+    )
 
 
 def test_results_that_cannot_be_written_are_told_before(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -169,7 +169,14 @@ def test_bad_input_is_one_line_and_exit_2(
 
 @pytest.mark.parametrize(
     "arguments",
-    [[], ["train"], ["bench"], ["bench", "baseline", "--jobs", "0"], ["bench", "baseline", "--jobs", "two"]],
+    [
+        [],
+        ["train"],
+        ["bench"],
+        ["bench", "baseline", "--jobs", "0"],
+        ["bench", "baseline", "--jobs", "two"],
+        ["bench", "baseline", "--jobs", "100000"],
+    ],
 )
 def test_bad_arguments_are_exit_2(project: Path, arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as end:

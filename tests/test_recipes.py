@@ -1041,6 +1041,7 @@ def test_places_are_relative_to_their_file_and_kept_as_they_are_written(
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
+        ("pretrained: m", "pretrained: ./none", "3:1: 'pretrained': there is no /"),
         ("pretrained: m", "steps: 9\nlr: 1e-3\nwarmup: 0", "2:1: nothing is trained on passages"),
         ("sets: [code]", "sets: [codes]", "2:35: 'sets' has 'codes'; did you mean 'code'?"),
         ("./m, sets: [code]", "./m, sets: code", "2:41: 'task.passages.sets' must be a list"),
