@@ -78,7 +78,6 @@ def bench(arguments: argparse.Namespace) -> int:
         return _dry_run(jobs, store, results)
     import os
 
-    from quantbench import leaderboard
     from quantbench.bench import default_jobs
     from quantbench.sweep import sweep
 
@@ -86,8 +85,7 @@ def bench(arguments: argparse.Namespace) -> int:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     print(f"{len(jobs)} runs on track {track}: {', '.join(map(str, jobs))}", file=sys.stderr, flush=True)
     workers = arguments.jobs or default_jobs()
-    if not arguments.accept:  # which may replace what is broken
-        leaderboard.check(results, _page(results))
+    _check_places(jobs, results, arguments.accept)
     outcome = sweep(jobs, store, results, workers, arguments.accept, lambda line: print(line, flush=True))
     try:
         if not scratch:
@@ -161,6 +159,17 @@ def _render(results: Path) -> None:
     leaderboard.write(results, _page(results))
 
 
+def _check_places(jobs: "list[Job]", results: Path, accept: bool) -> None:
+    """ValueError or ResultsError where records could not be written, or tables not be rendered, after the work."""
+    from quantbench import leaderboard
+    from quantbench.store import check_writable
+
+    for folder in dict.fromkeys(results / job.track_name / job.recipe_name for job in jobs):
+        check_writable(folder, "results in")
+    if not accept:  # which may replace what is broken
+        leaderboard.check(results, _page(results))
+
+
 def _page(results: Path) -> Path | None:
     """The project's README, which has a block for the table of results/; beside any other folder it is not ours."""
     readme = root() / "README.md"
@@ -192,13 +201,11 @@ def _look_into(jobs: "list[Job]", store: "Store", results: Path, arguments: argp
     """Makes the records that a function gives of trained models, and renders; the exit code."""
     import os
 
-    from quantbench import leaderboard
     from quantbench.bench import default_jobs
     from quantbench.sweep import sweep
 
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    if not arguments.accept:  # which may replace what is broken
-        leaderboard.check(results, _page(results))
+    _check_places(jobs, results, arguments.accept)
     workers, tell = arguments.jobs or default_jobs(), partial(print, file=sys.stderr)
     outcome = sweep(jobs, store, results, workers, arguments.accept, tell, function)
     _render(results)

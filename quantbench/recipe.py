@@ -17,6 +17,7 @@ from quantbench import catalog, strict
 from quantbench.strict import Added, Entries, Entry, KeyedError, Place, Range
 
 NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
+TAKEN = ("models", "perf", "claims.md", "leaderboard.csv")  # in results/ by what is no track
 
 T = TypeVar("T")
 
@@ -213,6 +214,8 @@ def _load(given: str, folder: Path, what: str, kind: type[T], sets: Sequence[str
         if given not in known:
             raise ValueError(f"no {what} {strict.quote(given)} in {folder}{strict.nearest(given, known)}")
         path = folder / f"{given}.yaml"
+    if what == "track" and path.stem in TAKEN:
+        raise ValueError(f"{strict.quote(given)}: in results/, the name {path.stem} is another's; rename it")
     return path.stem, strict.override(path, kind, sets, declared)
 
 

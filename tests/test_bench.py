@@ -297,6 +297,10 @@ def test_results_that_cannot_be_written_are_told_before(copy: Path, capsys: pyte
     (copy / "file").touch()
     assert main([*BENCH, "--results", "file/below"]) == 2
     assert capsys.readouterr() == ("", f"quantbench: results in file/below: {copy}/file is no folder\n")
+    (copy / "others" / "tiny").mkdir(parents=True)
+    (copy / "others" / "tiny" / "relu-attn").touch()
+    assert main([*BENCH, "--results", "others"]) == 2
+    assert capsys.readouterr().err.endswith("results in others/tiny/relu-attn: others/tiny/relu-attn is no folder\n")
 
 
 def test_everything_is_read_from_a_store_that_cannot_be_written(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -970,6 +970,13 @@ def test_an_unknown_name_is_answered_with_the_nearest(root: Path, name: str, mes
     assert str(caught.value) == message.format(root)
 
 
+@pytest.mark.parametrize("name", ["models", "perf", "claims.md"])
+def test_a_name_that_is_taken_in_the_results_is_no_tracks(root: Path, name: str) -> None:
+    (root / f"{name}.yaml").write_text(TRACK)
+    with pytest.raises(ValueError, match=rf"in results/, the name {name} is another's; rename it"):
+        load_track(root / f"{name}.yaml", root)
+
+
 def test_a_link_out_of_the_folder_is_no_recipe(root: Path) -> None:
     (root / "outside.yaml").write_text("title: O\nwhy: W\n")
     (root / "recipes" / "linked.yaml").symlink_to(root / "outside.yaml")
