@@ -285,7 +285,8 @@ def test_what_cannot_be_judged_is_told_before_it_is_trained(
 
 @pytest.mark.skipif(bool(find_spec("torchao")), reason="torchao is installed")
 def test_a_package_that_a_quantizer_needs_is_asked_for_before(copy: Path) -> None:
-    code, out, err = run(copy, *BENCH, "--set", "quantizers.torchao-int8dyn={}")
+    asked = ("bench", "relu-attn", "--track", "tiny", "--seeds", "1")
+    code, out, err = run(copy, *asked, "--set", "quantizers.torchao-int8dyn={}")
     assert (code, out) == (2, "")
     assert err.endswith(
         "quantbench: track tiny: torchao-int8dyn needs torchao, which is not installed; it comes with: "
