@@ -14,6 +14,7 @@ model is `pretrained` there is one seed, and a record keeps the figures of every
 import json
 import os
 import platform
+import shutil
 import subprocess
 import time
 from collections.abc import Callable, Mapping
@@ -21,6 +22,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cache, cached_property
 from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,7 +30,7 @@ from quantbench import catalog
 from quantbench.recipe import Recipe, Track, plain
 from quantbench.results import BASELINE, SCHEMA, Record
 from quantbench.store import Cell, Store, digest
-from quantbench.strict import dump
+from quantbench.strict import dump, place
 
 if TYPE_CHECKING:
     from quantbench.evaluate import Reference
@@ -42,6 +44,8 @@ VERSIONS = {"pretrain": 2, "given": 1, "measure": 2, "quantize": 2}
 AFTER_PRETRAINING = ("title", "seeds", "extra-seeds", "quantizers", "baseline-only", "metrics", "rank-by", "evaluate",
                      "checkpoint")  # fmt: skip
 COSMETIC = ("title", "seeds", "extra-seeds", "checkpoint")
+
+ROOM = 32 << 20  # bytes that the smallest of tracks needs
 
 Say = Callable[[str, int, int, str], None]  # (stage, done, of, detail)
 
@@ -115,10 +119,14 @@ class Stages:
         evaluated = _without(dump(self.job.track.evaluate), ("exemption",))
         here = _without(environment(), ("bitsandbytes",))
         if given := self.job.track.pretrained:
-            from quantbench.pretrained import identity
+            from quantbench.pretrained import SHORT, identity
 
             length = self.job.track.length
-            self.trained = {"version": VERSIONS["given"], "model": identity(given, self.store.root), "length": length}
+            self.trained = {
+                "version": VERSIONS["given"],
+                "model": identity(place(given, SHORT), self.store.root),
+                "length": length,
+            }
             evaluated |= {"data": self.data.digest, "environment": here, "length": length}
         else:
             self.trained = {
@@ -230,6 +238,32 @@ def experiment(job: Job, store: Store, compute: bool = True, say: Say = lambda *
     return record, stages.run()
 
 
+def check(jobs: list[Job], store: Store) -> None:
+    """ValueError for what would stop one of these jobs, of one track, after hours of work, and can be known before."""
+    store.check_writable("there is something to compute")
+    free = shutil.disk_usage(next(path for path in (store.root, *store.root.parents) if path.exists())).free
+    if free < ROOM:
+        raise ValueError(f"the store {store.root}: {free >> 20} MiB are free on its disk, too few to begin with")
+    name, track = jobs[0].track_name, jobs[0].track
+    needed = {catalog.package(quantizer): quantizer for job in jobs for quantizer in job.quantizers}
+    for package, quantizer in needed.items():
+        if package and find_spec(package) is None:
+            extra = "" if package == "bitsandbytes" else "; it comes with: pip install quantbench[peers]"
+            raise ValueError(f"track {name}: {quantizer} needs {package}, which is not installed{extra}")
+    data, due = track.task.open(store.root), track.evaluate  # type: ignore[attr-defined]
+    try:
+        data.held_out(due.sequences, track.length)
+        data.calibration(due.calibration, track.length)
+        if due.lm_eval_items:
+            data.documents(due.lm_eval_items * 2)
+        if due.lm_eval:
+            from quantbench import harness
+
+            harness.check(due.lm_eval, store.root)
+    except ValueError as error:
+        raise ValueError(f"track {name}: {error}") from None
+
+
 def export(job: Job, store: Store, quantizer: Any, folder: Path, say: Say = lambda *_: None) -> dict[str, float] | None:
     """Saves the job's model, quantized, in a folder (`packed.load` reads it): its report, and `bytes` on disk.
 
@@ -280,10 +314,10 @@ def _pretrain(job: Job, data: Any, cell: Cell, say: Say) -> dict[str, bytes | Pa
 
 def _given(job: Job, store: Store, say: Say) -> dict[str, bytes | Path]:
     """The facts of a pretrained model in the place of those of a training."""
-    from quantbench.pretrained import cost, open_model
+    from quantbench.pretrained import SHORT, cost, open_model
 
     say("open", 0, 1, job.track.pretrained)
-    paid = cost(open_model(job.track.pretrained, store.root).model, job.track.length)
+    paid = cost(open_model(place(job.track.pretrained, SHORT), store.root).model, job.track.length)
     about: dict[str, Any] = {"reason": None, "cost": paid, "losses": [], "final-loss": None, "timeline": []}
     return {"training.json": to_json(about)}
 
@@ -330,9 +364,9 @@ class Lazy:
     @cached_property
     def given(self) -> "Given":
         """Of a track whose model is pretrained: it, and its tokenizer."""
-        from quantbench.pretrained import open_model
+        from quantbench.pretrained import SHORT, open_model
 
-        return open_model(self.job.track.pretrained, self.store.root)
+        return open_model(place(self.job.track.pretrained, SHORT), self.store.root)
 
     @cached_property
     def reference(self) -> "Reference":
@@ -359,9 +393,7 @@ def _pretraining(job: Job) -> dict[str, Any]:
 
 def post_hoc(recipe: Recipe) -> tuple[str, ...]:
     """The mitigations of a recipe that come after pretraining, and are no part of it."""
-    from quantbench.mitigations import seams
-
-    return tuple(name for name, m in recipe.mitigations.items() if seams(m) == ["prepare"])  # type: ignore[arg-type]
+    return tuple(name for name in recipe.mitigations if name in catalog.POST_HOC)
 
 
 # --- small things ----------------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ schemes, a line also says what its fields are under this name: `"name": ("module
 
 from collections.abc import Iterator
 from importlib import import_module
+from types import ModuleType
 from typing import Any
 
 Line = str | tuple[str, dict[str, Any]]
@@ -109,6 +110,8 @@ AXES: dict[str, dict[str, Line]] = {
 # Mitigations that come after pretraining and share the checkpoints of what they build on.
 POST_HOC = ("prefix-kv", "smoothquant", "hadamard", "percentile-clip")
 
+PACKAGES = {"bnb": "bitsandbytes", "hqq": "hqq", "ao": "torchao"}  # of modules of quantizers
+
 
 def names(axis: str) -> list[str]:
     """The names of one axis, in the order of the catalog."""
@@ -119,6 +122,32 @@ def load(axis: str, name: str) -> Any:
     """The entry class behind a name. KeyError where the axis has no such name."""
     module, _, attribute = _target(AXES[axis][name]).partition(":")
     return getattr(import_module(f"quantbench.{axis}.{module}"), attribute)
+
+
+def declared(axis: str, name: str) -> Any:
+    """As `load`, the entry as its source declares it, for which no library is imported: enough to judge a file by."""
+    from quantbench.light import light
+
+    module, _, attribute = _target(AXES[axis][name]).partition(":")
+    return getattr(light(f"quantbench.{axis}.{module}"), attribute)
+
+
+def contract(axis: str) -> ModuleType:
+    """The contract of an axis, for entries as `declared` gives them."""
+    from quantbench.light import light
+
+    return light(f"quantbench.{axis}")
+
+
+def seams(mitigation: str) -> list[str]:
+    """The seams that a mitigation overrides."""
+    found: list[str] = contract("mitigations").seams(declared("mitigations", mitigation)())
+    return found
+
+
+def package(quantizer: str) -> str | None:
+    """What a quantizer needs beside the project's own libraries: the name of a package that may not be installed."""
+    return PACKAGES.get(_target(AXES["quantizers"][quantizer]).partition(":")[0])
 
 
 def preset(axis: str, name: str) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """quantbench: the verbs and what they call. Nothing heavy is imported before it is needed.
 
-Exit codes: 0 done, 2 bad input, 3 some cells failed, 4 a run diverged, 5 integrity (a record cannot be trusted).
+Exit codes: 0 done, 2 bad input (or a place that cannot be written), 3 some cells failed, 4 a run diverged, 5 integrity
+(a record cannot be trusted), 130, 143 or 129 stopped by SIGINT, SIGTERM or SIGHUP.
 """
 
 import argparse
@@ -10,17 +11,24 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from quantbench import __version__, catalog, cli_models
-from quantbench.face import print_table, root, whole_number
+from quantbench import __version__, catalog, cli_models, shell
+from quantbench.face import print_json, print_table, root, whole_number
 
 if TYPE_CHECKING:
     from quantbench.bench import Job
-    from quantbench.recipe import Track
+    from quantbench.recipe import Recipe, Track
     from quantbench.store import Store
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs one verb; every refusal is one line on stderr and a documented exit code."""
+    """Runs one verb; every refusal is one line on stderr and a documented exit code.
+
+    Without arguments it is the program: it takes those of the command line, and answers signals.
+    """
+    return shell.run(partial(_run, sys.argv[1:])) if argv is None else _run(argv)
+
+
+def _run(argv: list[str]) -> int:
     arguments = _parser().parse_args(argv)
     try:
         return int(arguments.verb(arguments))
@@ -30,9 +38,6 @@ def main(argv: list[str] | None = None) -> int:
     except _integrity() as error:
         print(f"quantbench: {error}", file=sys.stderr)
         return 5
-    except KeyboardInterrupt:
-        print("quantbench: interrupted; run the same command again to go on where it stopped", file=sys.stderr)
-        return 130
 
 
 def _is_placed(error: Exception) -> bool:
@@ -58,13 +63,17 @@ def _store() -> "Store":
 
 def bench(arguments: argparse.Namespace) -> int:
     """Train, measure and quantize recipes beside their baseline, and print the table."""
-    jobs = _jobs(arguments, [*([] if arguments.alone else ["baseline"]), *arguments.recipe], arguments.set)
-    results, store = _results(arguments), _store()
-    scratch = bool(arguments.set)
+    store, scratch = _store(), bool(arguments.set)
     if scratch:
         from quantbench.store import digest
 
+        if arguments.results:
+            raise ValueError("--results and --set: what is explored goes to a scratch folder of its own; leave one out")
         results = store.root / "scratch" / digest([sorted(arguments.set)])[:12]
+    else:
+        results = _results(arguments, written=True)
+    jobs = _jobs(arguments, [*([] if arguments.alone else ["baseline"]), *arguments.recipe], arguments.set)
+    track = jobs[0].track_name
     if arguments.dry_run:
         return _dry_run(jobs, store, results)
     import os
@@ -74,35 +83,63 @@ def bench(arguments: argparse.Namespace) -> int:
 
     # Even the parent works with one thread: it may compute digests, and must not take the workers' cores.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    print(f"{len(jobs)} runs on track {track}: {', '.join(map(str, jobs))}", file=sys.stderr, flush=True)
     workers = arguments.jobs or default_jobs()
-    print(f"{len(jobs)} runs on track {arguments.track}: {', '.join(map(str, jobs))}", file=sys.stderr, flush=True)
+    _check_places(jobs, results, arguments.accept)
     outcome = sweep(jobs, store, results, workers, arguments.accept, lambda line: print(line, flush=True))
-    if not scratch:
-        _render(results)
-    if len(outcome.failed) < len(jobs):
-        _print_table(results, arguments.track)
-    where = f"{results}" + (" (exploring: never on the leaderboard)" if scratch else "")
-    print(
-        f"{len(outcome.written)} records written, {len(outcome.identical)} reproduced byte for byte, "
-        f"{len(outcome.differs)} differ, {len(outcome.diverged)} diverged, {len(outcome.failed)} failed; in {where}"
-    )
+    try:
+        if not scratch:
+            _render(results)
+        if len(outcome.failed) < len(jobs):
+            _print_table(results, track)
+    finally:  # what was done is told, whatever becomes of the tables
+        where = f"{results}" + (" (exploring: never on the leaderboard)" if scratch else "")
+        print(
+            f"{len(outcome.written)} records written, {len(outcome.identical)} reproduced byte for byte, "
+            f"{len(outcome.differs)} differ, {len(outcome.diverged)} diverged, {len(outcome.failed)} failed; in {where}"
+        )
     return outcome.exit_code
 
 
 def _jobs(arguments: argparse.Namespace, recipe_names: list[str], sets: Sequence[str] = ()) -> "list[Job]":
     """Seed by seed, in the order of the names, so that a first comparison is there early."""
     from quantbench.bench import Job, first_seeds
-    from quantbench.recipe import load_recipe, load_track
 
-    # Recipes first: most of them load nothing heavy, while every track loads its quantizers.
-    recipes = dict(load_recipe(name, root()) for name in dict.fromkeys(recipe_names))
-    track_name, track = load_track(arguments.track, root(), sets)
-    seeds = track.seeds if arguments.seeds is None else first_seeds(track, arguments.seeds)
-    return [Job(name, recipe, track_name, track, seed) for seed in seeds for name, recipe in recipes.items()]
+    for declared in (True, False):  # whatever is wrong in any file is told before the first entry is imported
+        recipes = _recipes(recipe_names, declared)
+        track_name, track = _track(arguments.track, sets, declared)
+        seeds = track.seeds if arguments.seeds is None else first_seeds(track, arguments.seeds)
+        jobs = [Job(name, recipe, track_name, track, seed) for seed in seeds for name, recipe in recipes.items()]
+    return jobs
 
 
-def _results(arguments: argparse.Namespace) -> Path:
-    return Path(arguments.results) if arguments.results else root() / "results"
+def _recipes(given: list[str], declared: bool = False) -> "dict[str, Recipe]":
+    """Recipes by name. ValueError where two have one name, under which one's records would replace the other's."""
+    from quantbench.recipe import load_recipe
+
+    found: dict[str, Recipe] = {}
+    for name, recipe in (load_recipe(each, root(), declared=declared) for each in dict.fromkeys(given)):
+        if found.setdefault(name, recipe) != recipe:
+            raise ValueError(f"two different recipes are named {name!r}, and records go by that: rename a file")
+    return found
+
+
+def _track(given: str, sets: Sequence[str] = (), declared: bool = False) -> "tuple[str, Track]":
+    from quantbench.recipe import load_track
+
+    return load_track(given, root(), sets, declared)
+
+
+def _results(arguments: argparse.Namespace, read: bool = False, written: bool = False) -> Path:
+    """The folder of the results. ValueError where it is to be `read` and was named, but is not there; or `written`."""
+    from quantbench.store import check_writable
+
+    results = Path(arguments.results).expanduser() if arguments.results else root() / "results"
+    if read and arguments.results and not results.is_dir():
+        raise ValueError(f"--results {arguments.results}: no such folder")
+    if written:
+        check_writable(results, "results in")
+    return results
 
 
 def _dry_run(jobs: "list[Job]", store: "Store", results: Path) -> int:
@@ -119,10 +156,24 @@ def _dry_run(jobs: "list[Job]", store: "Store", results: Path) -> int:
 def _render(results: Path) -> None:
     from quantbench import leaderboard
 
-    # The page beside results/ is the project's own, with a block for its table; beside any other folder it is not ours.
+    leaderboard.write(results, _page(results))
+
+
+def _check_places(jobs: "list[Job]", results: Path, accept: bool) -> None:
+    """ValueError or ResultsError where records could not be written, or tables not be rendered, after the work."""
+    from quantbench import leaderboard
+    from quantbench.store import check_writable
+
+    for folder in dict.fromkeys(results / job.track_name / job.recipe_name for job in jobs):
+        check_writable(folder, "results in")
+    if not accept:  # which may replace what is broken
+        leaderboard.check(results, _page(results))
+
+
+def _page(results: Path) -> Path | None:
+    """The project's README, which has a block for the table of results/; beside any other folder it is not ours."""
     readme = root() / "README.md"
-    ours = results.resolve() == root() / "results" and readme.is_file()
-    leaderboard.write(results, readme if ours else None)
+    return readme if results.resolve() == root() / "results" and readme.is_file() else None
 
 
 def _print_table(results: Path, track: str) -> None:
@@ -133,7 +184,9 @@ def _print_table(results: Path, track: str) -> None:
 
 def sites(arguments: argparse.Namespace) -> int:
     """Tell which site pays: the damage of rounding each place alone, and of rounding all but it."""
-    jobs, results, store = _jobs(arguments, arguments.recipe), _results(arguments), _store()
+    _known_quantizer(arguments.quantizer)
+    results, store = _results(arguments, written=True), _store()
+    jobs = _jobs(arguments, arguments.recipe)
 
     from quantbench import sites as paying
 
@@ -152,6 +205,7 @@ def _look_into(jobs: "list[Job]", store: "Store", results: Path, arguments: argp
     from quantbench.sweep import sweep
 
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    _check_places(jobs, results, arguments.accept)
     workers, tell = arguments.jobs or default_jobs(), partial(print, file=sys.stderr)
     outcome = sweep(jobs, store, results, workers, arguments.accept, tell, function)
     _render(results)
@@ -160,8 +214,6 @@ def _look_into(jobs: "list[Job]", store: "Store", results: Path, arguments: argp
 
 def _print_sites(jobs: "list[Job]", results: Path, arguments: argparse.Namespace) -> None:
     """What is known of these jobs by now: a table, or one JSON object."""
-    import json
-
     from quantbench import tables
     from quantbench.results import read_all, read_sites
 
@@ -172,7 +224,7 @@ def _print_sites(jobs: "list[Job]", results: Path, arguments: argparse.Namespace
         mine = [r for r in every if (r["recipe"]["name"], r["seed"]) in asked]
         mine = [r for r in mine if r["quantizer"]["name"] == arguments.quantizer]
         found = {"track": track, "quantizer": arguments.quantizer, "records": mine}
-        print(json.dumps(found, indent=1, sort_keys=True, allow_nan=False, ensure_ascii=False))
+        print_json(found)
         return
     table = [r for r in read_all(results) if r["track"]["name"] == track]
     if runs := tables.paying(every, table).get(arguments.quantizer):
@@ -181,7 +233,8 @@ def _print_sites(jobs: "list[Job]", results: Path, arguments: argparse.Namespace
 
 def probe(arguments: argparse.Namespace) -> int:
     """Intervene on trained models: without an attention, an MLP, block 0, or the residual peak alone."""
-    jobs, results, store = _jobs(arguments, arguments.recipe), _results(arguments), _store()
+    results, store = _results(arguments, written=True), _store()
+    jobs = _jobs(arguments, arguments.recipe)
 
     from quantbench import probe as probing
 
@@ -192,8 +245,6 @@ def probe(arguments: argparse.Namespace) -> int:
 
 def _print_probes(jobs: "list[Job]", results: Path, as_json: bool) -> None:
     """What is known of these jobs by now: a table a recipe, or one JSON object."""
-    import json
-
     from quantbench import claims
     from quantbench.results import read_probes
 
@@ -201,7 +252,7 @@ def _print_probes(jobs: "list[Job]", results: Path, as_json: bool) -> None:
     mine = [r for r in read_probes(results) if (r["recipe"]["name"], r["track"]["name"], r["seed"]) in asked]
     if as_json:
         found = {"track": jobs[0].track_name, "records": mine}
-        print(json.dumps(found, indent=1, sort_keys=True, allow_nan=False, ensure_ascii=False))
+        print_json(found)
         return
     for name in dict.fromkeys(job.recipe_name for job in jobs):
         if runs := [r for r in mine if r["recipe"]["name"] == name and r["status"] == "finished"]:
@@ -212,13 +263,12 @@ def _print_probes(jobs: "list[Job]", results: Path, as_json: bool) -> None:
 
 def claims_(arguments: argparse.Namespace) -> int:
     """Hold the source paper's claims against the records: published, measured, verdict."""
-    import json
-
     from quantbench import claims
 
-    found = claims.examine(_results(arguments), arguments.track)
+    track = arguments.track and arguments.track.removesuffix(".yaml").rpartition("/")[2]  # a path names a track, too
+    found = claims.examine(_results(arguments, read=True), track)
     if arguments.json:
-        print(json.dumps(claims.plain(found), indent=1, sort_keys=True, allow_nan=False, ensure_ascii=False))
+        print_json(claims.plain(found))
     for track, rows in {} if arguments.json else found.items():
         print_table(claims.table(rows), f"claims of arXiv:2410.13835 on {track}")
     return 0
@@ -229,14 +279,19 @@ def export(arguments: argparse.Namespace) -> int:
     import os
 
     from quantbench.bench import Job
-    from quantbench.recipe import load_recipe, load_track
+    from quantbench.store import check_writable
 
-    name, recipe = load_recipe(arguments.recipe, root())
-    track_name, track = load_track(arguments.track, root())
-    if track.pretrained:
-        raise ValueError(f"the model of track {track_name} is there already; what is exported here is trained here")
-    job = Job(name, recipe, track_name, track, track.seeds[0] if arguments.seed is None else arguments.seed)
-    quantizer = _quantizer(arguments.quantizer, track)
+    _known_quantizer(arguments.quantizer)
+    if (package := catalog.package(arguments.quantizer)) in ("bitsandbytes", "torchao"):
+        raise ValueError(f"--quantizer {arguments.quantizer}: {package} saves its models by its own means")
+    check_writable(Path(arguments.to), "--to")
+    for declared in (True, False):
+        ((name, recipe),) = _recipes([arguments.recipe], declared).items()
+        track_name, track = _track(arguments.track, declared=declared)
+        if track.pretrained:
+            raise ValueError(f"the model of track {track_name} is there already; what is exported here is trained here")
+        job = Job(name, recipe, track_name, track, track.seeds[0] if arguments.seed is None else arguments.seed)
+        quantizer = _quantizer(arguments.quantizer, track, declared)
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     import torch
 
@@ -254,16 +309,20 @@ def export(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _quantizer(name: str, track: "Track") -> Any:
-    """The track's quantizer of that name, else the catalog's; ValueError where it cannot work on the track's model."""
+def _known_quantizer(name: str) -> None:
     from quantbench.strict import nearest, quote
 
     known = catalog.names("quantizers")
     if name not in known:
         raise ValueError(f"--quantizer {quote(name)}: there is none{nearest(name, known)}")
+
+
+def _quantizer(name: str, track: "Track", declared: bool) -> Any:
+    """The track's quantizer of that name, else the catalog's; ValueError where it cannot work on the track's model."""
     quantizer: Any = track.quantizers.get(name)
     if quantizer is None:
-        quantizer = catalog.load("quantizers", name)(**catalog.preset("quantizers", name))
+        kind = catalog.declared if declared else catalog.load
+        quantizer = kind("quantizers", name)(**catalog.preset("quantizers", name))
     quantizer.check([track.model.width, track.model.mlp_width])
     return quantizer
 
@@ -277,17 +336,20 @@ def tune(arguments: argparse.Namespace) -> int:
     """Find a recipe's learning rate by full-precision loss alone, on a seed outside the track's."""
     from quantbench import tune as tuning
     from quantbench.bench import default_jobs
-    from quantbench.recipe import load_recipe, load_track
 
-    track_name, track = load_track(arguments.track, root())
-    center = load_recipe("baseline", root())[1].lr.get(track_name, track.lr)
-    stopped = 0
-    for name, recipe in [load_recipe(given, root()) for given in arguments.recipe]:
+    results, stopped = _results(arguments, written=True), 0
+    for declared in (True, False):
+        recipes = _recipes(arguments.recipe, declared)
+        track_name, track = _track(arguments.track, declared=declared)
+        center = _recipes(["baseline"], declared)["baseline"].lr.get(track_name, track.lr)
+        for name, recipe in recipes.items():
+            tuning.check(name, recipe, track_name, track)
+    for name, recipe in recipes.items():
         workers = arguments.jobs or default_jobs()
         record = tuning.tune(
             name, recipe, center, track_name, track, _store(), workers, lambda line: print(line, flush=True)
         )
-        path = tuning.write(_results(arguments), record)
+        path = tuning.write(results, record)
         if record["best"] is None:
             stopped = 4
         print(
@@ -317,14 +379,12 @@ def show(arguments: argparse.Namespace) -> int:
     import json
 
     from quantbench.bench import Job
-    from quantbench.recipe import load_recipe, load_track
     from quantbench.strict import dump
 
-    name, recipe = load_recipe(arguments.recipe, root())
-    track_name, track = load_track(arguments.track, root())
-    mine, baseline = (
-        Job(n, r, track_name, track, 0).resolved for n, r in ((name, recipe), load_recipe("baseline", root()))
-    )
+    ((name, recipe),) = _recipes([arguments.recipe], declared=True).items()
+    track_name, track = _track(arguments.track, declared=True)
+    (other,) = _recipes(["baseline"], declared=True).values()
+    mine, baseline = (Job(n, r, track_name, track, 0).resolved for n, r in ((name, recipe), ("baseline", other)))
     print(f"{name}: {recipe.title}\n{recipe.why}" + (f"\n{recipe.paper}" if recipe.paper else ""))
     print("\ndiffers from the baseline in:")
     differences = {key: value for key, value in mine.items() if value != baseline[key]}
@@ -341,8 +401,9 @@ def check(arguments: argparse.Namespace) -> int:
     faults = 0
     for file in arguments.file:
         try:
-            load = load_track if Path(file).resolve().parent.name == "tracks" else load_recipe
-            load(file if file.endswith(".yaml") else f"{file}.yaml", root())
+            path = file if file.endswith(".yaml") else f"{file}.yaml"
+            load = load_track if _is_track(Path(path)) else load_recipe
+            load(path, root(), declared=True)
             print(f"{file}: fine")
         except ValueError as error:
             faults += 1
@@ -350,22 +411,30 @@ def check(arguments: argparse.Namespace) -> int:
     return 2 if faults else 0
 
 
+def _is_track(path: Path) -> bool:
+    """Whether a file is to be read as a track: by its folder, or, elsewhere, because it states a task."""
+    if path.resolve().parent.name in ("tracks", "recipes"):
+        return path.resolve().parent.name == "tracks"
+    try:
+        return b"\ntask:" in b"\n" + path.read_bytes()
+    except OSError:
+        return False  # which is told as it is read
+
+
 def leaderboard_(arguments: argparse.Namespace) -> int:
     """Render the tables and figures of the results again."""
-    _render(_results(arguments))
+    _render(_results(arguments, read=True, written=True))
     return 0
 
 
 def relation(arguments: argparse.Namespace) -> int:
     """How the residual peak relates to quantization error, per track and quantizer."""
-    import json
-
     from quantbench.relation import relate
     from quantbench.results import read_all
 
-    found = relate(read_all(_results(arguments)))
+    found = relate(read_all(_results(arguments, read=True)))
     if arguments.json:
-        print(json.dumps(found, indent=1, sort_keys=True, allow_nan=False))
+        print_json(found)
         return 0
     for track, quantizers in found.items():
         for quantizer, predictors in quantizers.items():
@@ -378,9 +447,7 @@ def relation(arguments: argparse.Namespace) -> int:
 
 def carry(arguments: argparse.Namespace) -> int:
     """Write a track's text into one file, for a machine that has no network or other packages."""
-    from quantbench.recipe import load_track
-
-    name, track = load_track(arguments.track, root())
+    name, track = [_track(arguments.track, declared=declared) for declared in (True, False)][1]
     kept = _store()
     try:
         path = track.task.carry(kept.root)  # type: ignore[attr-defined]
@@ -388,7 +455,7 @@ def carry(arguments: argparse.Namespace) -> int:
         raise ValueError(f"track {name}: {error}") from None
     data = track.task.open(kept.root)  # type: ignore[attr-defined]
     print(f"{path}: {path.stat().st_size / 2**20:.1f} MiB, data {data.digest[:12]}")
-    print(f"copy it to {path.relative_to(root())} of the clone on the other machine")
+    print(f"copy it to {'.quantbench' / path.relative_to(kept.root)} of the clone on the other machine")
     return 0
 
 
@@ -403,6 +470,8 @@ def store(arguments: argparse.Namespace) -> int:
 
 
 # --- arguments -------------------------------------------------------------------------------------------------------
+
+JOBS = whole_number(1, 1024)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -423,9 +492,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     runs.add_argument("--track", default="text", help="what is held equal (default: text)")
     runs.add_argument("--seeds", type=int, metavar="N", help="the first N seeds of the track (default: all)")
-    runs.add_argument(
-        "--jobs", type=whole_number(1), metavar="N", help="runs at a time, one thread each (default: one per core)"
-    )
+    runs.add_argument("--jobs", type=JOBS, metavar="N", help="runs at a time, one thread each (default: one per core)")
     runs.add_argument("--results", metavar="DIR", help="where records and tables go (default: results/)")
     runs.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE",
@@ -440,7 +507,7 @@ def _parser() -> argparse.ArgumentParser:
         looks.add_argument("recipe", nargs="+", metavar="RECIPE")
         looks.add_argument("--track", default=track)
         looks.add_argument("--seeds", type=int, metavar="N", help="the first N seeds of the track (default: all)")
-        looks.add_argument("--jobs", type=whole_number(1), metavar="N", help="runs at a time (default: one per core)")
+        looks.add_argument("--jobs", type=JOBS, metavar="N", help="runs at a time (default: one per core)")
         looks.add_argument("--results", metavar="DIR", help="where records and tables go (default: results/)")
         looks.add_argument("--accept", action="store_true", help="replace committed records that this run contradicts")
         looks.add_argument("--json", action="store_true", help="one JSON object: the records of these runs")
@@ -459,7 +526,7 @@ def _parser() -> argparse.ArgumentParser:
     tunes = verb("tune", tune)
     tunes.add_argument("recipe", nargs="+", metavar="RECIPE")
     tunes.add_argument("--track", default="text")
-    tunes.add_argument("--jobs", type=whole_number(1), metavar="N", help="runs at a time (default: one per core)")
+    tunes.add_argument("--jobs", type=JOBS, metavar="N", help="runs at a time (default: one per core)")
     tunes.add_argument("--results", metavar="DIR", help="where the sweep is recorded (default: results/)")
     verb("list", list_).add_argument("--json", action="store_true", help="one JSON object of lists of names")
     shows = verb("show", show)

@@ -4,13 +4,12 @@ As in `cli`: nothing heavy is imported before it is needed.
 """
 
 import argparse
-import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from quantbench.face import print_table, progress, root, whole_number
+from quantbench.face import print_json, print_table, progress, root, whole_number
 
 if TYPE_CHECKING:
     from quantbench.pretrained import Given
@@ -187,7 +186,7 @@ def _show(
         path = gallery.write(root() / "results", record, run)
         print(f"recorded in {path}; `quantbench leaderboard` renders its page", file=sys.stderr)
     if arguments.json:
-        print(json.dumps(record, indent=1, sort_keys=True, allow_nan=False, ensure_ascii=False))
+        print_json(record)
         return 0
     for title, table in gallery.tables(record):
         print_table(table, title)

@@ -1,6 +1,7 @@
 """What a verb needs of the place where it runs: the project's folder, the terminal. Nothing heavy is imported."""
 
 import argparse
+import json
 import math
 import sys
 import time
@@ -29,6 +30,12 @@ def print_table(shown: "tuple[list[str], list[list[str]]]", title: str) -> None:
     # A pipe has no width of its own: give it all the table needs.
     console = Console(markup=False) if sys.stdout.isatty() else Console(markup=False, width=240)
     console.print(table)
+
+
+def print_json(found: object) -> None:
+    """One JSON object on the terminal, in ASCII where that has no other signs; keys are sorted, a NaN is refused."""
+    wide = (sys.stdout.encoding or "").lower().startswith("utf")
+    print(json.dumps(found, indent=1, sort_keys=True, allow_nan=False, ensure_ascii=not wide))
 
 
 def progress() -> Callable[[str, int, int, str], None]:

@@ -69,6 +69,16 @@ def harness(model: nn.Module, reference: Reference) -> Figures:
     }
 
 
+def check(tasks: Mapping[str, int], cache: Path) -> None:
+    """ValueError for a standard task that is unknown, or whose items should be here and are not."""
+    for name in tasks:
+        if name in STANDARD:
+            if (state := corpora.status(cache)[name]) != "ready":
+                raise ValueError(f"evaluate.lm-eval: {name}: {state}")
+        else:
+            _check_known(_that_name(name), name)
+
+
 def standard(
     model: nn.Module, tokenizer: Any, bos: int | None, tasks: Mapping[str, int], cache: Path, say: Say = lambda *_: None
 ) -> tuple[Figures, dict[str, str]]:
@@ -136,11 +146,15 @@ def _tasks() -> Path:
     return Path(str(tasks.__file__)).parent
 
 
-def _from_hub(manager: Any, name: str) -> Any:
+def _check_known(manager: Any, name: str) -> None:
     from quantbench.strict import nearest
 
     if name not in manager.all_tasks:
         raise ValueError(f"evaluate.lm-eval: lm-eval has no task {name!r}{nearest(name, STANDARD)}")
+
+
+def _from_hub(manager: Any, name: str) -> Any:
+    _check_known(manager, name)
     try:
         return manager.load(name)["tasks"][name]
     except KeyError:

@@ -17,7 +17,7 @@ from quantbench import answer, claims, figures, gallery, relation, tables
 from quantbench.board import SIGNATURES, Board, Mean, board, value_of
 from quantbench.markup import escape, harmless, markdown
 from quantbench.numerals import plain
-from quantbench.results import Record, read_all, read_sites
+from quantbench.results import Record, read_all, read_probes, read_sites
 from quantbench.store import atomic_write
 
 BEGIN, END = "<!-- leaderboard:begin -->", "<!-- leaderboard:end -->"
@@ -58,6 +58,14 @@ def render(results_root: Path, readme: Path | None = None) -> dict[Path, bytes]:
     if readme is not None:
         files[readme] = _with_block(readme, results_root, boards, related)
     return files
+
+
+def check(results_root: Path, readme: Path | None = None) -> None:
+    """What would keep `render` from its work, told before hours of another: its errors."""
+    for read in (read_all, read_sites, read_probes):
+        read(results_root)
+    if readme is not None:
+        _page(readme)
 
 
 def write(results_root: Path, readme: Path | None = None) -> list[Path]:
@@ -186,9 +194,7 @@ def _harness_facts(track: Board) -> str:
 
 def _with_block(readme: Path, results_root: Path, boards: list[Board], related: dict[str, Any]) -> bytes:
     """The README with the answers and a short table of the headline track between the two markers."""
-    page = readme.read_text()
-    if page.count(BEGIN) != 1 or page.count(END) != 1 or page.index(BEGIN) > page.index(END):
-        raise ValueError(f"{readme}: put one line {BEGIN} and one line {END} where the leaderboard belongs")
+    page = _page(readme)
     track = next((b for b in boards if b.name == HEADLINE_TRACK), None)
     block = EMPTY
     if track is not None:
@@ -203,6 +209,14 @@ def _with_block(readme: Path, results_root: Path, boards: list[Board], related: 
         ])  # fmt: skip
     before, after = page[: page.index(BEGIN) + len(BEGIN)], page[page.index(END) :]
     return f"{before}\n{block}\n{after}".encode()
+
+
+def _page(readme: Path) -> str:
+    """The text of a README that has the two markers; ValueError for one that has not."""
+    page = readme.read_text()
+    if page.count(BEGIN) != 1 or page.count(END) != 1 or page.index(BEGIN) > page.index(END):
+        raise ValueError(f"{readme}: put one line {BEGIN} and one line {END} where the leaderboard belongs")
+    return page
 
 
 def _csv(boards: Iterable[Board]) -> bytes:

@@ -10,14 +10,14 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from hashlib import sha256
-from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 from quantbench import catalog, strict
-from quantbench.strict import Added, Entries, Entry, KeyedError, Range
+from quantbench.strict import Added, Entries, Entry, KeyedError, Place, Range
 
 NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
+TAKEN = ("models", "perf", "claims.md", "leaderboard.csv")  # in results/ by what is no track
 
 T = TypeVar("T")
 
@@ -40,10 +40,10 @@ class Recipe:
                 raise KeyedError(f"'lr' has {strict.quote(track)}, which is no track's name ({NAME.pattern})", "lr")
 
     def check_entries(self) -> None:
-        """ValueError where two mitigations change the same thing. Only combinations pay for the import of torch."""
+        """ValueError where two mitigations change the same thing."""
         if len(self.mitigations) > 1:
             try:
-                import_module("quantbench.mitigations").combine(self.mitigations)
+                catalog.contract("mitigations").combine(self.mitigations)
             except ValueError as error:
                 raise KeyedError(str(error), "mitigations") from error
 
@@ -104,7 +104,7 @@ class Track:
     steps: Annotated[int, Range(0, 100_000_000)] = 0  # of pretraining; 0 where the model is `pretrained`
     lr: Annotated[float, Range(0.0, 100.0)] = 0.0  # the baseline's; 0 likewise
     baseline_only: Annotated[tuple[str, ...], Added()] = ()  # quantizers that no other recipe goes through: references
-    pretrained: Annotated[str, Added()] = ""  # a model that is there already, as `quantbench measure` takes it
+    pretrained: Annotated[str, Added(), Place()] = ""  # a model that is there already, as `quantbench measure` takes it
     model: Shape = field(default_factory=Shape)
     length: Annotated[int, Range(2, 1_048_576)] = 128  # tokens of a sequence that are predicted
     batch: Annotated[int, Range(1, 1_048_576)] = 8  # sequences a step
@@ -157,9 +157,22 @@ class Track:
             raise KeyedError("'seeds': a model that is 'pretrained' has one; intervals are over documents", "seeds")
 
     def check_entries(self) -> None:
-        """ValueError where a quantizer cannot work on this decoder's Linears: told before hours of pretraining."""
+        """ValueError where task, model and quantizers do not fit one another: told before hours of pretraining."""
+        task = catalog.entry_name("tasks", self.task)
         if self.pretrained:
+            at = strict.place(self.pretrained)
+            if at.startswith((".", "/")) and not Path(at).exists():
+                raise KeyedError(f"'pretrained': there is no {at}", "pretrained")
             return  # its widths are known when it is opened
+        if task == "passages":
+            raise KeyedError(
+                "nothing is trained on passages: name a model that is 'pretrained', or the task text", "task"
+            )
+        if self.evaluate.lm_eval:
+            raise KeyedError("'evaluate.lm-eval' is for a model that is 'pretrained'", "evaluate.lm-eval", "evaluate")
+        if self.evaluate.lm_eval_items and task != "text":
+            message = f"'evaluate.lm-eval-items' needs a task that is text, not {task}"
+            raise KeyedError(message, "evaluate.lm-eval-items", "evaluate")
         for name, quantizer in self.quantizers.items():
             try:
                 quantizer.check([self.model.width, self.model.mlp_width])  # type: ignore[attr-defined]
@@ -177,22 +190,23 @@ def plain(track: Track) -> dict[str, Any]:
     return {key: value for key, value in found.items() if not (track.pretrained and key in PRETRAINING)}
 
 
-def load_recipe(name: str | Path, root: Path, sets: Sequence[str] = ()) -> tuple[str, Recipe]:
+def load_recipe(name: str | Path, root: Path, sets: Sequence[str] = (), declared: bool = False) -> tuple[str, Recipe]:
     """A recipe and its name, by the name (recipes/<name>.yaml under the root) or by a path that ends in .yaml.
 
-    `sets` are the `key=value` of `--set`. ValueError, one line, for an unknown name or whatever is wrong inside.
+    `sets` are the `key=value` of `--set`. With `declared`, entries are as their sources declare them: all is checked,
+    and nothing heavy imported. ValueError, one line, for an unknown name or whatever is wrong inside.
     """
-    return _load(str(name), root / "recipes", "recipe", Recipe, sets)
+    return _load(str(name), root / "recipes", "recipe", Recipe, sets, declared)
 
 
-def load_track(name: str | Path, root: Path, sets: Sequence[str] = ()) -> tuple[str, Track]:
+def load_track(name: str | Path, root: Path, sets: Sequence[str] = (), declared: bool = False) -> tuple[str, Track]:
     """A track and its name; as `load_recipe`, from recipes/tracks/<name>.yaml."""
-    return _load(str(name), root / "recipes" / "tracks", "track", Track, sets)
+    return _load(str(name), root / "recipes" / "tracks", "track", Track, sets, declared)
 
 
-def _load(given: str, folder: Path, what: str, kind: type[T], sets: Sequence[str]) -> tuple[str, T]:
+def _load(given: str, folder: Path, what: str, kind: type[T], sets: Sequence[str], declared: bool) -> tuple[str, T]:
     if given.endswith(".yaml"):
-        path = Path(given)
+        path = Path(given).expanduser() if given.startswith("~") else Path(given)
         if not NAME.fullmatch(path.stem):
             raise ValueError(f"{strict.quote(given)}: a {what}'s file is named {NAME.pattern}.yaml; rename it")
     else:
@@ -200,7 +214,9 @@ def _load(given: str, folder: Path, what: str, kind: type[T], sets: Sequence[str
         if given not in known:
             raise ValueError(f"no {what} {strict.quote(given)} in {folder}{strict.nearest(given, known)}")
         path = folder / f"{given}.yaml"
-    return path.stem, strict.override(path, kind, sets)
+    if what == "track" and path.stem in TAKEN:
+        raise ValueError(f"{strict.quote(given)}: in results/, the name {path.stem} is another's; rename it")
+    return path.stem, strict.override(path, kind, sets, declared)
 
 
 def available(folder: Path) -> list[str]:

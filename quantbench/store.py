@@ -12,6 +12,7 @@ the folder is fsynced after it (rename(2) is atomic on POSIX; without the fsyncs
 no longer has the bytes it was committed with is removed and computed again.
 """
 
+import errno
 import fcntl
 import glob
 import hashlib
@@ -23,7 +24,7 @@ import stat
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 Json = Mapping[str, object]
@@ -89,6 +90,16 @@ def atomic_write(path: Path, data: bytes) -> None:
     _fsync_folder(path.parent)
 
 
+def check_writable(folder: Path, what: str) -> None:
+    """ValueError, with what it is for, where a folder cannot be made or written to: told before hours of work."""
+    there = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
+    if not there.is_dir():
+        raise ValueError(f"{what} {folder}: {there} is no folder")
+    if not os.access(there, os.W_OK | os.X_OK):  # of a read-only mount it says no even to root
+        read_only = os.statvfs(there).f_flag & os.ST_RDONLY
+        raise ValueError(f"{what} {folder}: {there} {'is on a read-only mount' if read_only else 'cannot be written'}")
+
+
 class Cell:
     """A cell whose lock this process holds; see `Store.cell`."""
 
@@ -146,6 +157,9 @@ class Store:
         if fault is None:
             return _used(folder)
         if folder.exists():
+            if not os.access(folder.parent, os.W_OK):
+                print(f"quantbench: {stage} cell {folder.name[:12]}: {fault}; it cannot be removed", file=sys.stderr)
+                return None
             with _lock(folder, wait=False) as held:
                 if held:  # else its holder deals with it
                     return _verified(folder, _header(stage, inputs))
@@ -155,6 +169,7 @@ class Store:
     def cell(self, stage: str, inputs: Json) -> Iterator[Cell]:
         """Holds the cell's lock: of two runs of one folder one computes, the other waits and finds it finished."""
         folder, header = self._folder(stage, inputs), _header(stage, inputs)
+        self.check_writable(f"a {stage} cell is missing there")
         folder.parent.mkdir(parents=True, exist_ok=True)
         with _lock(folder, wait=True):
             _remove_strays(folder)
@@ -168,6 +183,15 @@ class Store:
                 work = _work(folder)
                 if work.is_dir() and not any(work.iterdir()):
                     work.rmdir()
+
+    def check_writable(self, why: str) -> None:
+        """ValueError where nothing can be kept: what is there can be read all the same."""
+        try:
+            check_writable(self.root, "the store")
+        except ValueError as error:
+            raise ValueError(
+                f"{error}, and {why}: copy the project to where it can be written, and run there"
+            ) from None
 
     def usage(self) -> list[tuple[str, int, int]]:
         """(stage, finished cells, bytes on disk with partial work) of every stage, by name."""
@@ -276,8 +300,11 @@ def _no_link(path: str, flags: int) -> int:
 
 def _used(folder: Path) -> Path:
     """Notes the time of use, for `prune`."""
-    with suppress(PermissionError):  # somebody else's store, which we may read: its owner prunes it
+    try:
         os.utime(folder)
+    except OSError as error:  # somebody else's store, or a read-only one, which we may read: its owner prunes it
+        if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise
     return folder
 
 

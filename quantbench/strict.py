@@ -7,9 +7,10 @@ Files are small by rule (bytes, values, depth), so that no file, however hostile
 
 Types: str, int, float, bool, `X | None`, Literal, list[X], tuple[X, ...], tuple[X, Y], dict[K, V], dataclasses,
 and Annotated with the markers Range, Entry and Entries. A field `weight_decay` is the key `weight-decay`.
-A file is read twice: first with the names of entries alone, so that a slip anywhere is told before anything heavy
-is imported, then with the entries. Hence `__post_init__` sees None for an entry on the first reading; what needs
-the entries themselves goes into an optional method `check_entries`.
+A file is read three times: with the names of entries alone, with the entries as their sources declare them, so that a
+slip anywhere is told before anything heavy is imported, and with the entries themselves. Hence `__post_init__` sees
+None for an entry on the first reading; what needs the entries goes into an optional method `check_entries`, which has
+the second reading's.
 
 This is the only file that imports yaml. Source of the format: https://yaml.org/spec/1.1/ (PyYAML).
 """
@@ -62,6 +63,7 @@ class Catalog(Protocol):
 
     def names(self, axis: str) -> list[str]: ...
     def load(self, axis: str, name: str) -> type: ...
+    def declared(self, axis: str, name: str) -> type: ...
     def preset(self, axis: str, name: str) -> dict[str, Any]: ...
     def entry_name(self, axis: str, entry: object) -> str: ...
 
@@ -95,6 +97,36 @@ class Added:
     """Marks a field that came later: where it is at its default, the plain form leaves it out, so that digests hold."""
 
 
+@dataclass(frozen=True)
+class Place:
+    """Marks text that may name a file or a folder: relative to the folder of the YAML file, and kept as it is written.
+
+    So the same file is the same track on every machine; `place` says what is meant on this one.
+    """
+
+
+class Placed(str):
+    """Text marked `Place`, and the folder that it is relative to."""
+
+    folder: str
+
+    def __new__(cls, text: str, folder: str) -> "Placed":
+        placed = super().__new__(cls, text)
+        placed.folder = folder
+        return placed
+
+    def __reduce__(self) -> tuple[type, tuple[str, str]]:
+        return Placed, (str(self), self.folder)
+
+
+def place(text: str, names: Iterable[str] = ()) -> str:
+    """The path that a text marked `Place` stands for; the text itself where it is a name, one of these or of a hub."""
+    if text in names:
+        return str(text)
+    path = Path(getattr(text, "folder", "."), Path(text).expanduser() if text.startswith("~") else text)
+    return str(path) if text.startswith((".", "~", "/")) or (text and path.exists()) else str(text)
+
+
 def load(path: str | Path, kind: type[T]) -> T:
     """The instance of a dataclass that a file spells. StrictError for whatever is wrong with the file."""
     return _build(_compose(_read(path), str(path)), kind)
@@ -105,12 +137,15 @@ def loads(text: str, name: str, kind: type[T]) -> T:
     return _build(_compose(text, name), kind)
 
 
-def override(path: str | Path, kind: type[T], assignments: Iterable[str]) -> T:
-    """As `load`, after assignments `dotted.key=value` that win over the file's; a value is a YAML scalar or flow."""
+def override(path: str | Path, kind: type[T], assignments: Iterable[str], declared: bool = False) -> T:
+    """As `load`, after assignments `dotted.key=value` that win over the file's; a value is a YAML scalar or flow.
+
+    With `declared`, entries are what `Catalog.declared` gives: the file is checked, and nothing heavy imported.
+    """
     root = _compose(_read(path), str(path))
     for assignment in assignments:
         _assign(root, assignment)
-    return _build(root, kind)
+    return _build(root, kind, declared)
 
 
 def dump(instance: object) -> dict[str, Any]:
@@ -296,9 +331,10 @@ def _child(node: yaml.Node, key: str, new: yaml.Node, mark: yaml.Mark, replace: 
 # Building -----------------------------------------------------------------------------------------------------
 
 
-def _build(root: yaml.Node, kind: type[T]) -> T:
-    _Builder(with_entries=False).mapping(root, kind, "")
-    return _Builder(with_entries=True).mapping(root, kind, "")
+def _build(root: yaml.Node, kind: type[T], declared: bool = False) -> T:
+    _Builder("names").mapping(root, kind, "")
+    built = _Builder("declared").mapping(root, kind, "")
+    return built if declared else _Builder("load").mapping(root, kind, "")
 
 
 def _form(node: yaml.Node) -> str:
@@ -331,7 +367,7 @@ def _is_null(node: yaml.Node) -> bool:
 class _Builder:
     """Nodes -> values. `where` is the dotted key of the value at hand."""
 
-    with_entries: bool  # else an entry's name is checked and None stands for it
+    reading: Literal["names", "declared", "load"]  # names: an entry's name is checked, and None stands for it
 
     def value(self, node: yaml.Node, due: Any, where: str) -> Any:
         kind, markers = _unwrap(due)
@@ -354,6 +390,9 @@ class _Builder:
             value = {self.key(k, args[0], where): self.value(v, args[1], f"{where}.{k.value}") for k, v in pairs}
         else:
             value = self.scalar(node, kind, where, due)
+        if Place() in markers and isinstance(value, str):
+            name = node.start_mark.name  # a folder of --set is as one typed it: relative to the current one
+            value = Placed(value, "." if name.startswith("--set ") else str(Path(name).absolute().parent))
         for marker in markers:
             if isinstance(marker, Range) and value is not None and not marker.lo <= value <= marker.hi:
                 _fail(node.start_mark, f"{quote(where)} must be {describe(due)}, not {_form(node)}")
@@ -435,7 +474,7 @@ class _Builder:
                 _fail(node.start_mark, f"missing key {name!r}{f' in {quote(where)}' if where else ''}")
         try:
             instance = kind(**values)
-            if self.with_entries and hasattr(instance, "check_entries"):
+            if self.reading == "declared" and hasattr(instance, "check_entries"):
                 instance.check_entries()
         except ValueError as error:
             message = " ".join(str(error).split())
@@ -455,8 +494,9 @@ class _Builder:
         for key, parameters in self.pairs(node, where):
             name = self.entry_of(key, marker, where)
             inside, hint = f"{where}.{name}", "; write {} where it has no parameters"
-            if self.with_entries:
-                kind, preset = marker.catalog.load(marker.axis, name), marker.catalog.preset(marker.axis, name)
+            if self.reading != "names":
+                kind = getattr(marker.catalog, self.reading)(marker.axis, name)
+                preset = marker.catalog.preset(marker.axis, name)
                 found[name] = self.mapping(parameters, kind, inside, hint, preset)
             else:
                 found[name] = None

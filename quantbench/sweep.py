@@ -1,26 +1,32 @@
 """Many experiments at once: worker processes of one thread each, progress on the terminal, records as they end.
 
 A record does not depend on how many workers there are. A worker whose parent is killed ends itself; whatever it
-had committed to the store is found again.
+had committed to the store is found again. A job whose worker is killed, as by the kernel when memory is short, is tried
+again when the others are done, alone.
 """
 
 import os
+import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from collections import deque
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from multiprocessing import get_context
-from multiprocessing.queues import SimpleQueue
+from functools import partial
+from multiprocessing import get_context, resource_tracker
+from multiprocessing.connection import wait
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from quantbench.bench import Job, experiment
+from quantbench import shell
+from quantbench.bench import Job, check, experiment
 from quantbench.results import Record, rank_by, write
 from quantbench.store import Store
+
+if TYPE_CHECKING:
+    from multiprocessing.connection import Connection
 
 Experiment = Callable[..., tuple[Record, Any] | None]  # as `bench.experiment`
 Report = Callable[[str, str, int, int, str], None]  # (job, stage, done, of, detail)
@@ -53,7 +59,7 @@ def sweep(
 ) -> Outcome:
     """Makes and writes the record that `function` gives of every job."""
     outcome = Outcome()
-    for job, done in each(function, jobs, store, workers):
+    for job, done in each(function, jobs, store, workers, check):
         if isinstance(done, str):
             outcome.failed[str(job)] = done
             print(f"quantbench: {job}: {done}", file=sys.stderr)
@@ -63,10 +69,16 @@ def sweep(
     return outcome
 
 
-def each(function: Callable[..., Any], jobs: list[Job], store: Store, workers: int) -> Iterator[tuple[Job, Any]]:
+def each(
+    function: Callable[..., Any],
+    jobs: list[Job],
+    store: Store,
+    workers: int,
+    check: Callable[[list[Job], Store], None] = lambda *_: None,
+) -> Iterator[tuple[Job, Any]]:
     """Every job with what `function(job, store, compute, say)` of `bench` gives, as they end; text: why it failed.
 
-    What is in the store already comes first and starts no worker.
+    What is in the store already comes first and starts no worker; `check` may refuse the rest before any work.
     """
     missing = []
     for job in jobs:
@@ -77,18 +89,16 @@ def each(function: Callable[..., Any], jobs: list[Job], store: Store, workers: i
             yield job, done
     if not missing:
         return
-    with _progress(missing) as report, _pool(min(workers, len(missing)), report) as pool:
-        futures: dict[Future[Any], Job] = {pool.submit(_work, function, job, store.root): job for job in missing}
-        for future in as_completed(futures):
-            job = futures[future]
-            try:
-                done = future.result()
-            except BrokenProcessPool:
-                done = "its process was killed (out of memory?); run the command again to resume"
-            except Exception as error:  # noqa: BLE001 - one bad cell must not stop the sweep; it is reported
-                done = f"{type(error).__name__}: {error}"
-            report(str(job), "done", 1, 1, "")
-            yield job, done
+    check(missing, store)
+    with _progress(missing) as report:
+        # Twice alone, where the memory is its own: what breaks then is broken.
+        rounds = [1, 1] if min(workers, len(missing)) == 1 else [workers, 1, 1]
+        broken: dict[str, str] = {}
+        for number, at_once in enumerate(rounds, 1):
+            broken = yield from _round(function, missing, store.root, at_once, report, number == len(rounds))
+            missing = [job for job in missing if str(job) in broken]
+        for job in missing:
+            yield job, f"{broken[str(job)]}, and so when it was tried again; run the command again to resume"
 
 
 def _keep(
@@ -131,20 +141,126 @@ def _headline(record: Record) -> str:
 
 # --- workers ---------------------------------------------------------------------------------------------------------
 
-_reports: "SimpleQueue[Any] | None" = None
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1",
+               "HF_DATASETS_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "TQDM_DISABLE": "1"}  # fmt: skip
 
 
-def _work(function: Callable[..., Any], job: Job, root: Path) -> Any:
-    assert _reports is not None
-    queue = _reports
-    return function(job, Store(root), say=lambda *what: queue.put((str(job), *what)))
+def _round(
+    function: Callable[..., Any], jobs: list[Job], root: Path, workers: int, report: Report, last: bool
+) -> Generator[tuple[Job, Any], None, dict[str, str]]:
+    """Every job once: yields those that came to an end, returns the names of those whose process broke, and how.
+
+    No worker shares anything with another, so that the end of one concerns its own job alone.
+    """
+    todo, broken = deque(jobs), dict[str, str]()
+    team: list[_Worker] = []
+    try:
+        while todo and len(team) < workers:
+            team.append(_Worker(root, function, todo.popleft()))
+        while team:
+            ready = wait([end for worker in team for end in (worker.pipe, worker.process.sentinel)])
+            for worker in [worker for worker in team if worker.pipe in ready or worker.process.sentinel in ready]:
+                job, heard = worker.job, worker.hear()
+                if heard and heard[0] == "say":
+                    report(str(job), *heard[1:])
+                    continue
+                report(str(job), "done", 1, 1, "")
+                if heard and todo:
+                    worker.give(function, todo.popleft())
+                else:
+                    team.remove(worker)
+                    how = worker.end()
+                if heard:
+                    yield job, heard[1]
+                    continue
+                broken[str(job)] = how
+                if not last:
+                    print(f"quantbench: {job}: {how}; it is tried again, alone", file=sys.stderr, flush=True)
+                if todo and worker.began:  # else the next would not come far, either
+                    team.append(_Worker(root, function, todo.popleft()))
+        return broken | {str(job): how for job in todo}
+    except BaseException:
+        for worker in team:
+            worker.process.kill()
+        raise
+    finally:
+        for worker in team:
+            worker.end()
 
 
-def _start(parent: int, queue: "SimpleQueue[Any]") -> None:
-    """Makes a fresh process a worker."""
-    global _reports
-    _reports = queue
+class _Worker:
+    """A process with a pipe of its own, at work on a job. A signal is the parent's to answer: only SIGKILL gets it."""
+
+    def __init__(self, root: Path, function: Callable[..., Any], job: Job) -> None:
+        # Spawned, not forked: torch's and the tokenizers' threads do not survive a fork.
+        context = get_context("spawn")
+        os.environ |= ENVIRONMENT
+        self.pipe, theirs = context.Pipe()
+        self.process = context.Process(target=_serve, args=(theirs, os.getpid(), root))
+        with shell.held():
+            resource_tracker.ensure_running()  # lets signals through when it is done
+        with shell.held():
+            self.process.start()
+        theirs.close()
+        self.began = False  # whether it has said anything yet
+        self.give(function, job)
+
+    def give(self, function: Callable[..., Any], job: Job) -> None:
+        self.job = job
+        with suppress(OSError):  # it is dead, which is noticed when it is read
+            self.pipe.send((function, job))
+
+    def hear(self) -> tuple[Any, ...] | None:
+        """What it says, ("say", ...) or ("done", result); None where it is dead, and all that it said was heard."""
+        try:
+            # A process of its own might keep the pipe open after it.
+            heard: tuple[Any, ...] | None = self.pipe.recv() if self.pipe.poll() else None
+        except (EOFError, OSError):
+            heard = None
+        self.began = self.began or heard is not None
+        return heard
+
+    def end(self) -> str:
+        """Lets it end, or ends it; how it did."""
+        self.pipe.close()
+        self.process.join(5)
+        self.process.kill()
+        self.process.join()
+        code = self.process.exitcode or 0
+        if code >= 0:
+            return f"its process ended with exit code {code}"
+        how = "SIGKILL (out of memory?)" if code == -signal.SIGKILL else signal.Signals(-code).name
+        return f"its process was killed by {how}"
+
+
+def _serve(pipe: "Connection", parent: int, root: Path) -> None:
+    """What a worker does: jobs that come through the pipe, until that is closed."""
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+    shell.steady_streams()
+
+    def tell(*what: Any) -> None:
+        try:
+            pipe.send(what)
+        except OSError:
+            os._exit(1)  # nobody listens any more
+
+    ready = False
+    while True:
+        try:
+            function, job = pipe.recv()
+            ready = ready or _settle()
+            done = function(job, Store(root), say=partial(tell, "say"))
+            tell("done", done)
+        except EOFError:
+            return
+        except Exception as error:  # noqa: BLE001 - one bad cell must not stop the sweep; it is reported
+            tell("done", f"{type(error).__name__}: {error}")
+
+
+def _settle() -> bool:
+    """What a fresh process needs before its first job that computes: torch came with it, in its quantizers."""
+    if "torch" not in sys.modules:
+        return False
     import torch
     from transformers.utils import logging
 
@@ -153,41 +269,13 @@ def _start(parent: int, queue: "SimpleQueue[Any]") -> None:
     logging.disable_progress_bar()
     torch.set_num_threads(1)
     steady_memory()
+    return True
 
 
 def _end_with(parent: int) -> None:
     while os.getppid() == parent:
         time.sleep(0.5)
     os._exit(1)
-
-
-@contextmanager
-def _pool(workers: int, report: Report) -> Iterator[ProcessPoolExecutor]:
-    # Spawned, not forked: torch's and the tokenizers' threads do not survive a fork.
-    context = get_context("spawn")
-    os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1",
-                   "HF_DATASETS_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "TQDM_DISABLE": "1"}  # fmt: skip
-    queue: SimpleQueue[Any] = context.SimpleQueue()
-
-    def listen() -> None:
-        while (what := queue.get()) is not None:
-            report(*what)
-
-    listener = threading.Thread(target=listen, daemon=True)
-    listener.start()
-    with ProcessPoolExecutor(workers, context, _start, (os.getpid(), queue)) as pool:
-        try:
-            yield pool
-        except BaseException:
-            running = list((pool._processes or {}).values())  # which `shutdown` forgets
-            pool.shutdown(wait=False, cancel_futures=True)
-            for process in running:
-                process.terminate()
-            raise
-        finally:
-            # In a thread of its own: a worker killed in the midst of a report keeps the queue's lock for ever.
-            threading.Thread(target=queue.put, args=(None,), daemon=True).start()
-    listener.join(timeout=5)
 
 
 # --- the face --------------------------------------------------------------------------------------------------------

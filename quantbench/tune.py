@@ -11,9 +11,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from quantbench import bench, sweep
+from quantbench import bench, catalog, sweep
 from quantbench.bench import Job
-from quantbench.mitigations import seams
 from quantbench.recipe import Recipe, Track
 from quantbench.results import canonical
 from quantbench.store import Store, atomic_write, digest
@@ -37,12 +36,8 @@ def tune(
     Three points around `baseline_lr`; five around its own where it has another optimizer.
     ValueError for a recipe that trains nothing of its own.
     """
-    if track.pretrained:
-        raise ValueError(f"track {track_name} pretrains nothing, so that there is no learning rate to tune")
-    assert SEED not in track.seeds + track.extra_seeds
-    if recipe.mitigations and len(bench.post_hoc(recipe)) == len(recipe.mitigations):
-        raise ValueError(f"{name}: all it changes comes after pretraining; it states the learning rate of the baseline")
-    other = any("optimizer" in seams(mitigation) for mitigation in recipe.mitigations.values())  # type: ignore[arg-type]
+    check(name, recipe, track_name, track)
+    other = any("optimizer" in catalog.seams(mitigation) for mitigation in recipe.mitigations)
     start, reach = (recipe.lr.get(track_name, track.lr), 2) if other else (baseline_lr, 1)
     low, high = -reach, reach
     losses: dict[int, float | None] = {}
@@ -53,7 +48,7 @@ def tune(
                 lr = half_decades(start, index)
                 todo[lr] = index
         jobs = [Job(f"{name} lr {lr:g}", replace(recipe, lr={track_name: lr}), track_name, track, SEED) for lr in todo]
-        for job, found in sweep.each(bench.training, jobs, store, workers):
+        for job, found in sweep.each(bench.training, jobs, store, workers, bench.check):
             diverged = isinstance(found, str) or found["reason"] is not None
             losses[todo[job.lr]] = None if diverged else found["final-loss"]
             tell(f"{name} lr {job.lr:g}: " + ("diverged" if diverged else f"loss {found['final-loss']:.4f}"))
@@ -71,6 +66,16 @@ def tune(
         "at-edge": best is not None and not low < best < high,
         "environment": bench.environment(),
     }
+
+
+def check(name: str, recipe: Recipe, track_name: str, track: Track) -> None:
+    """ValueError where there is nothing to tune."""
+    if track.pretrained:
+        raise ValueError(f"track {track_name} pretrains nothing, so that there is no learning rate to tune")
+    if SEED in track.seeds + track.extra_seeds:
+        raise ValueError(f"track {track_name}: seed {SEED} is the one that is tuned on: give the track another")
+    if recipe.mitigations and len(bench.post_hoc(recipe)) == len(recipe.mitigations):
+        raise ValueError(f"{name}: all it changes comes after pretraining; it states the learning rate of the baseline")
 
 
 def half_decades(start: float, index: int) -> float:

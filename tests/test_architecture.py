@@ -47,7 +47,7 @@ LAYERS = [
     ["ops"],
     ["anatomy"],
     ["heads"],
-    ["store", "strict"],
+    ["store", "strict", "light", "shell"],
     ["__init__"],
 ]
 LEVEL = {part: level for level, parts in enumerate(LAYERS) for part in parts}

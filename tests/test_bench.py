@@ -16,10 +16,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
+from blows import Blow, Unreadable, meet
+from test_store import read_only
 
 from quantbench.bench import Job, environment, experiment
 from quantbench.cli import main
@@ -27,6 +30,7 @@ from quantbench.recipe import Track, load_recipe, load_track
 from quantbench.results import canonical, read, read_all
 from quantbench.store import Store, digest
 from quantbench.strict import loads
+from quantbench.sweep import each
 
 ROOT = Path(__file__).resolve().parent.parent
 KILLS = int(os.environ.get("QUANTBENCH_KILLS", "3"))
@@ -63,12 +67,15 @@ def project_in(folder: Path) -> Path:
 
 def start(project: Path, *arguments: str) -> subprocess.Popen[str]:
     """The command in a process group of its own."""
-    command = [sys.executable, "-m", "quantbench", *arguments]
-    pipe = subprocess.PIPE
+    return start_python("-m", "quantbench", *arguments, cwd=project)
+
+
+def start_python(*arguments: str | Path, cwd: Path | None = None) -> subprocess.Popen[str]:
+    command, pipe = [sys.executable, *arguments], subprocess.PIPE
     # A shell that runs the suite in the background ignores SIGINT, and children inherit that.
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
-        return subprocess.Popen(command, cwd=project, stdout=pipe, stderr=pipe, text=True, start_new_session=True)
+        return subprocess.Popen(command, cwd=cwd, stdout=pipe, stderr=pipe, text=True, start_new_session=True)
     finally:
         signal.signal(signal.SIGINT, before)
 
@@ -239,15 +246,94 @@ def test_a_new_title_or_more_seeds_is_no_contradiction(copy: Path, capsys: pytes
 
 def test_a_job_that_fails_is_exit_3_and_leaves_no_record(copy: Path) -> None:
     before = made(copy)
-    code, out, err = run(copy, "bench", "wild", *BENCH[3:], "--set", "evaluate.sequences=100000")
+    shutil.rmtree(copy / ".quantbench" / "measure")
+    (copy / ".quantbench" / "measure").touch()  # nothing can be kept there
+    code, out, err = run(copy, "bench", "wild", *BENCH[3:], "--set", "evaluate.sequences=15")
     assert code == 3
     assert "1 records written, 0 reproduced byte for byte, 0 differ, 1 diverged, 1 failed" in out
     assert "never on the leaderboard" in out
-    assert "quantbench: baseline seed 0: ValueError: text: the held-out split has " in err
+    assert re.search(r"quantbench: baseline seed 0: FileExistsError: .*/measure'\n", err)
     assert "Traceback" not in err
     scratch = list((copy / ".quantbench" / "scratch").rglob("seed-0.json"))
     assert [path.parent.name for path in scratch] == ["wild"]
     assert made(copy) == before
+
+
+@pytest.mark.parametrize(
+    ("sets", "message"),
+    [
+        (["evaluate.sequences=100000"], "track tiny: text: the held-out split has "),
+        (["evaluate.lm-eval-items=90000"], "track tiny: text: the held-out split has .* documents of 200 characters"),
+        (["length=1000000", "model.width=128"], "track tiny: text: the held-out split has 0 windows"),
+        (["task.text.packages=[no-such-package]"], "text: the package 'no-such-package' is not installed"),
+        (["task.text.folder=./nowhere", "task.text.packages=[]"], "text: './nowhere' is no folder"),
+    ],
+)
+def test_what_cannot_be_judged_is_told_before_it_is_trained(
+    copy: Path, capsys: pytest.CaptureFixture[str], sets: list[str], message: str
+) -> None:
+    cells = Store(copy / ".quantbench").usage()
+    flags = [word for one in sets for word in ("--set", one)]
+    assert main(["bench", "relu-attn", "--alone", "--track", "tiny", "--seeds", "1", *flags]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert re.fullmatch(rf"1 runs on track tiny: .*\n(quantbench: reading .*\n)?quantbench: {message}.*\n", err), err
+    assert {stage: count for stage, count, _ in Store(copy / ".quantbench").usage() if stage != "text"} == {
+        stage: count for stage, count, _ in cells if stage != "text"
+    }
+
+
+@pytest.mark.skipif(bool(find_spec("torchao")), reason="torchao is installed")
+def test_a_package_that_a_quantizer_needs_is_asked_for_before(copy: Path) -> None:
+    asked = ("bench", "relu-attn", "--track", "tiny", "--seeds", "1")
+    code, out, err = run(copy, *asked, "--set", "quantizers.torchao-int8dyn={}")
+    assert (code, out) == (2, "")
+    assert err.endswith(
+        "quantbench: track tiny: torchao-int8dyn needs torchao, which is not installed; it comes with: "
+        "pip install quantbench[peers]\n"
+    )
+
+
+def test_results_that_cannot_be_written_are_told_before(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (copy / "file").touch()
+    assert main([*BENCH, "--results", "file/below"]) == 2
+    assert capsys.readouterr() == ("", f"quantbench: results in file/below: {copy}/file is no folder\n")
+    (copy / "others" / "tiny").mkdir(parents=True)
+    (copy / "others" / "tiny" / "relu-attn").touch()
+    assert main([*BENCH, "--results", "others"]) == 2
+    assert capsys.readouterr().err.endswith("results in others/tiny/relu-attn: others/tiny/relu-attn is no folder\n")
+
+
+def test_everything_is_read_from_a_store_that_cannot_be_written(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with read_only(copy / ".quantbench"):
+        assert main([*BENCH]) == 4
+        out, err = capsys.readouterr()
+        assert "0 records written, 3 reproduced byte for byte, 0 differ, 1 diverged, 0 failed" in out
+        assert err.count("\n") == 1  # which runs there are
+        assert main([*BENCH[:-1], "2"]) == 2
+        assert capsys.readouterr().err.splitlines()[1:] == [
+            f"quantbench: the store {copy}/.quantbench: {copy}/.quantbench is on a read-only mount, and there is "
+            "something to compute: copy the project to where it can be written, and run there"
+        ]
+
+
+def test_a_track_and_a_recipe_by_their_paths(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The table and the summary are those of their names."""
+    (copy / "elsewhere").mkdir()
+    shutil.copy(copy / "recipes" / "tracks" / "tiny.yaml", copy / "elsewhere" / "mine.yaml")
+    shutil.copy(copy / "recipes" / "relu-attn.yaml", copy / "elsewhere" / "rectified.yaml")
+    arguments = ["bench", "elsewhere/rectified.yaml", "--track", "elsewhere/mine.yaml", "--seeds", "1"]
+    assert main(arguments) == 0
+    out, err = capsys.readouterr()
+    assert "2 records written" in out
+    assert "mine, ranked by damage" in out
+    assert re.search(r"^│ [12] +│ rectified +│", out, re.MULTILINE)
+    assert err == "2 runs on track mine: baseline seed 0, rectified seed 0\n"
+    assert {"mine/baseline/seed-0.json", "mine/rectified/seed-0.json"} <= made(copy).keys()
+    assert main(["check", "elsewhere/mine.yaml", "elsewhere/rectified.yaml"]) == 0
+    shutil.copy(copy / "elsewhere" / "rectified.yaml", copy / "elsewhere" / "baseline.yaml")
+    assert main(["bench", "elsewhere/baseline.yaml", "--track", "tiny"]) == 2
+    assert "two different recipes are named 'baseline'" in capsys.readouterr().err
 
 
 def test_a_corrupted_checkpoint_is_noticed(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -421,6 +507,17 @@ def alive(pid: int) -> bool:
         return False
 
 
+def workers_of(child: subprocess.Popen[str]) -> list[int]:
+    return [pid for pid in children(child.pid) if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+
+
+def wait_for_end(pids: list[int]) -> None:
+    deadline = time.monotonic() + 10
+    while any(map(alive, pids)):
+        assert time.monotonic() < deadline, "orphans work on"
+        time.sleep(0.05)
+
+
 @contextmanager
 def endless(project: Path) -> Iterator[tuple[subprocess.Popen[str], list[int]]]:
     """A run that would train for days, and the worker that trains it."""
@@ -429,10 +526,7 @@ def endless(project: Path) -> Iterator[tuple[subprocess.Popen[str], list[int]]]:
     with start(project, "bench", "baseline", "--track", "tiny", "--seeds", "1", "--jobs", "2") as child:
         try:
             wait_for(exists(project, ".quantbench/pretrain/*.work/step-*"), child)
-            yield (
-                child,
-                [pid for pid in children(child.pid) if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()],
-            )
+            yield child, workers_of(child)
         finally:
             os.killpg(child.pid, signal.SIGKILL)
 
@@ -445,23 +539,86 @@ def test_workers_end_with_their_parent(tmp_path: Path, blow: signal.Signals) -> 
         assert all(map(alive, workers))
         child.send_signal(blow)  # to the parent alone
         _, err = child.communicate(timeout=60)  # workers write to the same pipe: this waits for their end, too
-        deadline = time.monotonic() + 10
-        while any(map(alive, workers)):
-            assert time.monotonic() < deadline, "orphans train on"
-            time.sleep(0.05)
+        wait_for_end(workers)
         if blow == signal.SIGINT:
             assert child.returncode == 130
             assert err.endswith("run the same command again to go on where it stopped\n")
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_a_killed_worker_is_a_failure_that_says_how_to_go_on(tmp_path: Path) -> None:
+def test_a_job_that_breaks_whenever_it_runs_is_a_failure_that_says_how_to_go_on(tmp_path: Path) -> None:
     project = project_in(tmp_path)
     with endless(project) as (child, workers):
         os.kill(workers[0], signal.SIGKILL)
+        wait_for(lambda: bool(workers_of(child)) and workers_of(child) != workers, child)
+        again = workers_of(child)
+        os.kill(again[0], signal.SIGKILL)
         out, err = child.communicate()
         assert child.returncode == 3
         assert "0 records written, 0 reproduced byte for byte, 0 differ, 0 diverged, 1 failed" in out
-        assert "its process was killed (out of memory?); run the command again to resume" in err
-        assert not any(map(alive, workers))
+        killed = "quantbench: baseline seed 0: its process was killed by SIGKILL (out of memory?)"
+        assert [line for line in err.splitlines() if "its process" in line] == [
+            f"{killed}; it is tried again, alone",
+            f"{killed}, and so when it was tried again; run the command again to resume",
+        ]
+        assert not any(map(alive, workers + again))
     assert exists(project, ".quantbench/pretrain/*.work/step-*")()  # what there is to resume from
+
+
+def outcomes(jobs: list[Any], root: Path, workers: int = 2) -> dict[str, Any]:
+    return {str(job): done for job, done in each(meet, jobs, Store(root), workers)}
+
+
+def test_a_killed_worker_costs_its_job_a_try_and_nobody_else_anything(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    jobs = [Blow("a"), Blow("once", "kill", 1), Blow("b"), Blow("twice", "kill in the midst of a report", 2), Blow("c"),
+            Blow("always", "kill", 9), Blow("d")]  # fmt: skip
+    found = outcomes(jobs, tmp_path)
+    assert {name: found[name][0] for name in ("a", "b", "c", "d", "once", "twice")} == {
+        "a": 1, "b": 1, "c": 1, "d": 1, "once": 2, "twice": 3,
+    }  # fmt: skip
+    assert list(found)[-3:] == ["once", "twice", "always"]  # alone, when the others are done
+    assert (tmp_path / "always").read_text() == "xxx"  # once beside others, twice alone
+    killed = "its process was killed by SIGKILL (out of memory?)"
+    assert found["always"] == f"{killed}, and so when it was tried again; run the command again to resume"
+    told = [line for line in capsys.readouterr().err.splitlines() if killed in line]
+    assert sorted(told) == [
+        f"quantbench: {name}: {killed}; it is tried again, alone"
+        for name in ("always", "always", "once", "twice", "twice")
+    ]
+
+
+def test_a_job_that_fails_or_cannot_be_read_is_not_tried_again(tmp_path: Path) -> None:
+    found = outcomes([Blow("fails", "fail", 9), Unreadable("unreadable"), Blow("fine")], tmp_path)
+    assert found.pop("fine")[0] == 1
+    assert found == {"fails": "ValueError: it cannot be done", "unreadable": "ImportError: no module for unreadable"}
+    assert (tmp_path / "fails").read_text() == "x"
+
+
+def test_one_job_alone_is_tried_twice(tmp_path: Path) -> None:
+    found = outcomes([Blow("exits", "exit", 9)], tmp_path)
+    assert found["exits"].startswith("its process ended with exit code 7, and so when it was tried again; ")
+    assert (tmp_path / "exits").read_text() == "xx"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("twice", [False, True])
+@pytest.mark.parametrize("blow", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGKILL])
+def test_workers_end_with_a_signal_to_all_of_them(tmp_path: Path, blow: signal.Signals, twice: bool) -> None:
+    """As a terminal or a scheduler sends it; the line and the code are the parent's alone."""
+    with start_python(Path(__file__).with_name("blows.py"), str(tmp_path)) as child:
+        wait_for((tmp_path / "waits").exists, child)
+        workers = workers_of(child)
+        assert len(workers) == 2
+        for _ in range(1 + twice):
+            os.kill(child.pid, blow) if blow == signal.SIGKILL else os.killpg(child.pid, blow)
+        _, err = child.communicate(timeout=60)
+        wait_for_end(workers)
+    said = [line for line in err.splitlines() if ": pretrain " not in line]
+    if blow == signal.SIGKILL:
+        assert said == []
+    else:
+        how = "interrupted" if blow == signal.SIGINT else f"stopped by {blow.name}"
+        assert said == [f"quantbench: {how}; run the same command again to go on where it stopped"]
+        assert child.returncode == 128 + blow

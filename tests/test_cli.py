@@ -1,8 +1,11 @@
 """The face: verbs, exit codes, one line per refusal, and nothing heavy or written before it is needed."""
 
 import json
+import os
 import re
+import shlex
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -166,7 +169,14 @@ def test_bad_input_is_one_line_and_exit_2(
 
 @pytest.mark.parametrize(
     "arguments",
-    [[], ["train"], ["bench"], ["bench", "baseline", "--jobs", "0"], ["bench", "baseline", "--jobs", "two"]],
+    [
+        [],
+        ["train"],
+        ["bench"],
+        ["bench", "baseline", "--jobs", "0"],
+        ["bench", "baseline", "--jobs", "two"],
+        ["bench", "baseline", "--jobs", "100000"],
+    ],
 )
 def test_bad_arguments_are_exit_2(project: Path, arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as end:
@@ -262,16 +272,18 @@ def test_alone_leaves_the_baseline_out_and_more_seeds_are_the_extra_ones(capsys:
 
 
 def test_set_is_for_exploring(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Never onto the leaderboard, whatever folder is asked for; other settings go to another folder."""
+    """Never onto the leaderboard; other settings go to another folder, and no folder that is asked for is forgotten."""
     wheres = set()
     for sets in (["steps=30"], ["steps=31"], ["steps=30", "lr=1e-3"]):
         flags = [flag for one in sets for flag in ("--set", one)]
-        assert main(["bench", "baseline", "--track", "smoke", "--dry-run", "--results", "mine", *flags]) == 0
+        assert main(["bench", "baseline", "--track", "smoke", "--dry-run", *flags]) == 0
         *jobs, where = capsys.readouterr().out.splitlines()
         assert all(f"{sets[0].partition('=')[2]} steps" in line for line in jobs)
         wheres.add(where.removeprefix("records would go to "))
     assert len(wheres) == 3
     assert {Path(where).parent for where in wheres} == {project / ".quantbench" / "scratch"}
+    assert main(["bench", "baseline", "--track", "smoke", "--set", "steps=30", "--results", "mine"]) == 2
+    assert capsys.readouterr().err.startswith("quantbench: --results and --set: what is explored goes to a scratch")
 
 
 def test_leaderboard_renders_the_records_and_the_projects_page(project: Path) -> None:
@@ -315,6 +327,29 @@ def test_a_broken_record_is_exit_5_and_named(project: Path, capsys: pytest.Captu
     assert err.count("\n") == 1
     assert str(path) in err
     assert tree(project) == before
+
+
+def test_what_cannot_be_rendered_is_told_before_anything_is_trained(
+    project: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["bench", "baseline", "--track", "smoke", "--seeds", "1"]
+    (project / "README.md").write_text("no block for a table\n")
+    assert main(arguments) == 2
+    assert "put one line <!-- leaderboard:begin -->" in capsys.readouterr().err
+    (project / "README.md").unlink()
+    write(project / "results", synthetic(), {})
+    path = path_of(project / "results", synthetic())
+    path.write_bytes(path.read_bytes().replace(b'"kl": 0.1,', b'"kl": 0.2 ,', 1))
+    assert main(arguments) == 5
+    assert str(path) in capsys.readouterr().err
+    assert not (project / ".quantbench").exists()
+
+
+@pytest.mark.parametrize("verb", ["claims", "relation", "leaderboard"])
+def test_results_that_are_not_there_are_told(project: Path, capsys: pytest.CaptureFixture[str], verb: str) -> None:
+    assert main([verb, "--results", "nowhere"]) == 2
+    assert capsys.readouterr() == ("", "quantbench: --results nowhere: no such folder\n")
+    assert not (project / "nowhere").exists()
 
 
 def test_relation_gives_figures_for_every_quantizer(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -373,3 +408,116 @@ def test_store_counts_cells_and_prunes_partial_work(project: Path, capsys: pytes
     assert main(["store"]) == 0
     assert capsys.readouterr().out.split() == ["pretrain", "1", "cells", "2.0", "MB"]
     assert store.load("pretrain", {"seed": 0}) is not None
+
+
+# --- signals ---------------------------------------------------------------------------------------------------------
+
+LINE = "run the same command again to go on where it stopped\n"
+SAID = {
+    signal.SIGINT: f"quantbench: interrupted; {LINE}",
+    signal.SIGTERM: f"quantbench: stopped by SIGTERM; {LINE}",
+    signal.SIGHUP: f"quantbench: stopped by SIGHUP; {LINE}",
+}
+WAITS = "print('ready', flush=True); time.sleep(60)"
+PROGRAMS = {  # when a signal comes, and a program that waits for it there
+    "at work": f"def main():\n {WAITS}",
+    "while it imports": "def main():\n sys.path.insert(0, sys.argv[1]); import waits",
+    "while it ends": f"def main():\n try:\n  os.kill(os.getpid(), signal.SIGTERM)\n finally:\n  {WAITS}",
+    "while it prints": "def main():\n while True: print('ready', flush=True)",
+}
+DEAF = f"class Deaf:\n def __del__(self):\n  {WAITS}\ndef main():\n Deaf()\n time.sleep(60)"
+
+
+def program(code: str, *arguments: str, encoding: str = "utf-8") -> subprocess.Popen[str]:
+    command = [sys.executable, "-c", f"import os, signal, sys, time\nfrom quantbench import shell\n{code}", *arguments]
+    # A shell that runs the suite in the background ignores SIGINT, and children inherit that.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding=encoding)
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.parametrize("signum", SAID)
+@pytest.mark.parametrize("moment", PROGRAMS)
+def test_a_signal_is_one_line_and_its_code(tmp_path: Path, moment: str, signum: signal.Signals) -> None:
+    (tmp_path / "waits.py").write_text(f"import time\n{WAITS}\n")
+    with program(f"{PROGRAMS[moment]}\nshell.run(main)", str(tmp_path)) as child:
+        assert (child.stdout and child.stdout.readline()) == "ready\n"
+        child.send_signal(signum)
+        _, err = child.communicate(timeout=30)
+    assert (child.returncode, err) == (128 + signum, SAID[signum])
+
+
+def test_a_signal_is_obeyed_where_python_ignores_exceptions() -> None:
+    with program(f"{DEAF}\nshell.run(main)") as child:
+        assert (child.stdout and child.stdout.readline()) == "ready\n"
+        child.send_signal(signal.SIGTERM)
+        _, err = child.communicate(timeout=30)
+    assert child.returncode == 128 + signal.SIGTERM
+    assert err.endswith(SAID[signal.SIGTERM])
+
+
+def test_a_signal_that_is_ignored_stays_ignored() -> None:
+    """As by nohup."""
+    code = (
+        "signal.signal(signal.SIGHUP, signal.SIG_IGN)\nshell.install()\nos.kill(os.getpid(), signal.SIGHUP)\nprint(1)"
+    )
+    with program(code) as child:
+        assert child.communicate() == ("1\n", "")
+    assert child.returncode == 0
+
+
+# --- output that nobody takes ----------------------------------------------------------------------------------------
+
+PRINTING = [
+    ["--help"],
+    ["list"],
+    ["list", "--json"],
+    ["show", "relu-attn"],
+    ["check", "recipes/baseline.yaml"],
+    ["claims", "--track", "bb-1layer"],
+]
+
+
+def told(arguments: list[str], stdout: str, **environment: str) -> tuple[int, str, bytes]:
+    """(exit code, stderr, what came out) of a run whose stdout a shell has set up."""
+    command = f'"{sys.executable}" -m quantbench {shlex.join(arguments)} {stdout}'
+    done = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, env=os.environ | environment)
+    return done.returncode, done.stderr.decode(), done.stdout
+
+
+@pytest.mark.parametrize("arguments", PRINTING, ids=" ".join)
+def test_a_reader_that_has_enough_is_no_failure(arguments: list[str]) -> None:
+    code, err, _ = told(arguments, "| head -c 1; exit ${PIPESTATUS[0]}", PYTHONUNBUFFERED="1")
+    assert (code, err) == (0, "")
+
+
+@pytest.mark.parametrize(("stdout", "why"), [(">&-", "Bad file descriptor"), (">/dev/full", "No space left on device")])
+@pytest.mark.parametrize("arguments", PRINTING[:2], ids=" ".join)
+def test_output_that_is_lost_is_told_in_a_line(arguments: list[str], stdout: str, why: str) -> None:
+    code, err, _ = told(arguments, stdout)
+    assert (code, err) == (2, f"quantbench: stdout: {why}: what was to be printed is lost, not the work\n")
+
+
+def test_errors_that_cannot_be_told_keep_their_code(project: Path) -> None:
+    assert told(["bench", "none"], "2>&-")[::2] == (2, b"")
+    assert told(["bench", "none"], "2>/dev/full")[::2] == (2, b"")
+    assert told(["list"], ">&- 2>&-")[0] == 2
+
+
+@pytest.mark.parametrize(
+    ("encoding", "sign", "text"),
+    [("ascii", "x 3 \\xe9", '"\\u00d7 3 \\u00e9"'), ("latin-1", "× 3 é", None), ("utf-8", "× 3 é", '"× 3 é"')],
+)
+def test_signs_that_a_terminal_lacks_are_written_in_ascii(
+    encoding: str, sign: str, text: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONIOENCODING", encoding)
+    prints = "from quantbench.face import print_json\ndef main():\n print(s); print_json(s); return 0"
+    with program(f"s = '\\xd7 3 \\xe9'\n{prints}\nshell.run(main)", encoding=encoding) as child:
+        out, err = child.communicate()
+    assert (child.returncode, err) == (0, "")
+    assert out.splitlines()[0] == sign
+    assert json.loads(out.splitlines()[1]) == "× 3 é"
+    assert text in (None, out.splitlines()[1])

@@ -1,5 +1,6 @@
 """The format of recipes and tracks: what is read, and that whatever is wrong is one line with its place."""
 
+import copy
 import json
 import os
 import re
@@ -15,8 +16,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from quantbench import catalog, strict
+from quantbench.mitigations import seams
 from quantbench.recipe import Evaluate, Recipe, Shape, Track, digest, load_recipe, load_track
-from quantbench.strict import Entries, Entry, KeyedError, Range, StrictError, dump, load, loads, override
+from quantbench.strict import Entries, Entry, KeyedError, Range, StrictError, dump, load, loads, override, place
 
 ROOT = Path(__file__).parent.parent
 EXAMPLES = int(os.environ.get("QUANTBENCH_MALFORMED", "300"))  # generated files a test; 10000 on demand
@@ -53,6 +55,8 @@ class Shelf:
 
     def load(self, axis: str, name: str) -> type:
         return self.kinds[name]
+
+    declared = load
 
     def preset(self, axis: str, name: str) -> dict[str, object]:
         return {}
@@ -708,6 +712,58 @@ def test_a_slip_is_told_before_torch_or_any_entry_is_imported(tmp_path: Path) ->
     assert done.stdout == f"{path}:9:1: unknown key 'sedes'; did you mean 'seeds'?\n"
 
 
+ENTRIES = [(axis, name) for axis in ("tasks", "mitigations", "quantizers") for name in catalog.names(axis)]
+
+
+@pytest.mark.parametrize(("axis", "name"), ENTRIES)
+def test_what_an_entry_declares_is_what_it_is(axis: str, name: str) -> None:
+    """Its keys, their types and defaults, what it overrides, its constants: without the libraries it computes with."""
+    declared, real = catalog.declared(axis, name), catalog.load(axis, name)
+    keys, expected = strict.keys(declared), strict.keys(real)
+    assert {key: strict.describe(due) for key, (_, due) in keys.items()} == {
+        key: strict.describe(due) for key, (_, due) in expected.items()
+    }
+    preset = catalog.preset(axis, name)
+    assert dump(declared(**preset)) == dump(real(**preset))
+    assert catalog.entry_name(axis, declared(**preset)) == catalog.entry_name(axis, real(**preset)) == name
+    mine, theirs = ({n: v for n, v in vars(kind).items() if n[:2] != "__"} for kind in (declared, real))
+    assert mine.keys() == theirs.keys()
+    assert {n: v for n, v in mine.items() if isinstance(v, str | int | float | bool)} == {
+        n: v for n, v in theirs.items() if isinstance(v, str | int | float | bool)
+    }
+    if axis == "mitigations":
+        assert catalog.seams(name) == seams(real())
+
+
+WRONG = [  # what no entry's type says: its own checks
+    ("mitigations", "registers", {"count": 0}),
+    ("mitigations", "clipped-softmax", {"zeta": 0.5}),
+    ("mitigations", "peak-penalty", {"tau": 0.0}),
+    ("mitigations", "gated-attention-qualcomm", {"open": 1.0}),
+    ("tasks", "text", {"folder": "x", "sets": ("code",)}),
+    ("tasks", "passages", {"sets": ("codes",)}),
+    *[("quantizers", name, {"group": 7}) for name in ("w4a16-rtn", "w4a16-gptq", "w4a16-awq", "w4a16-hqq")],
+    *[("quantizers", name, {"threshold": -1.0}) for name in ("llm-int8", "bnb-int8")],
+    ("quantizers", "w8a8-static", {"sites": ("inputs", "inputs")}),
+    ("quantizers", "w8a8-static", {"weights": 1}),
+    ("quantizers", "w4a16-awq", {"grid": 0}),
+    ("quantizers", "w4a16-gptq", {"damping": 0.0}),
+    ("quantizers", "bnb-nf4", {}),
+]
+
+
+@pytest.mark.parametrize(("axis", "name", "wrong"), WRONG)
+def test_what_is_declared_refuses_what_the_entry_refuses(axis: str, name: str, wrong: dict[str, Any]) -> None:
+    def refused(kind: Any) -> str:
+        try:
+            kind(**catalog.preset(axis, name) | wrong).check([96])
+        except ValueError as error:
+            return str(error)
+        pytest.fail("it was taken")
+
+    assert refused(catalog.declared(axis, name)) == refused(catalog.load(axis, name))
+
+
 # Generated -----------------------------------------------------------------------------------------------------
 
 MANY = settings(max_examples=EXAMPLES, deadline=None, database=None, suppress_health_check=list(HealthCheck))
@@ -914,6 +970,13 @@ def test_an_unknown_name_is_answered_with_the_nearest(root: Path, name: str, mes
     assert str(caught.value) == message.format(root)
 
 
+@pytest.mark.parametrize("name", ["models", "perf", "claims.md"])
+def test_a_name_that_is_taken_in_the_results_is_no_tracks(root: Path, name: str) -> None:
+    (root / f"{name}.yaml").write_text(TRACK)
+    with pytest.raises(ValueError, match=rf"in results/, the name {name} is another's; rename it"):
+        load_track(root / f"{name}.yaml", root)
+
+
 def test_a_link_out_of_the_folder_is_no_recipe(root: Path) -> None:
     (root / "outside.yaml").write_text("title: O\nwhy: W\n")
     (root / "recipes" / "linked.yaml").symlink_to(root / "outside.yaml")
@@ -940,6 +1003,82 @@ def test_mitigations_of_one_seam_are_refused_at_their_key(root: Path) -> None:
     _, recipe = load_recipe("two", root)
     assert list(recipe.mitigations) == ["sgd", "relu-attention"]
     assert loads(json.dumps(dump(recipe)), "f", Recipe) == recipe
+
+
+TINY = """\
+title: T
+task: {passages: {tokenizer: ./m, sets: [code]}}
+pretrained: m
+seeds: [0]
+quantizers: {w8a8-static: {}}
+metrics: []
+rank-by: {damage: w8a8-static}
+"""
+
+
+def test_places_are_relative_to_their_file_and_kept_as_they_are_written(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = []
+    for folder in ("here", "there"):
+        home = tmp_path / folder
+        (home / "m").mkdir(parents=True)
+        (home / "mine.yaml").write_text(TINY)
+        monkeypatch.chdir(home)
+        for path in ("mine.yaml", str(home / "mine.yaml")):
+            track = load_track(path, root)[1]
+            found.append(digest(dump(track)))
+            for held in (track, copy.deepcopy(track)):
+                monkeypatch.chdir(root)
+                assert Path(place(held.pretrained)) == home / "m"
+                assert Path(place(held.task.tokenizer)) == home / "m"
+                assert place(held.pretrained, ["m"]) == "m"  # a name comes before a folder
+                monkeypatch.chdir(home)
+    assert len(set(found)) == 1  # the same track wherever it is
+    monkeypatch.setenv("HOME", str(tmp_path / "there"))
+    (tmp_path / "here" / "mine.yaml").write_text(TINY.replace("pretrained: m", "pretrained: ~/m"))
+    track = load_track(tmp_path / "here" / "mine.yaml", root)[1]
+    assert (track.pretrained, place(track.pretrained)) == ("~/m", str(tmp_path / "there" / "m"))
+    monkeypatch.chdir(root)
+    track = load_track(tmp_path / "here" / "mine.yaml", root, ["pretrained=./recipes"])[1]
+    assert Path(place(track.pretrained)) == Path("recipes")  # as it is typed
+    assert place("owner/name") == "owner/name"
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("pretrained: m", "pretrained: ./none", "3:1: 'pretrained': there is no /"),
+        ("pretrained: m", "steps: 9\nlr: 1e-3\nwarmup: 0", "2:1: nothing is trained on passages"),
+        ("sets: [code]", "sets: [codes]", "2:35: 'sets' has 'codes'; did you mean 'code'?"),
+        ("./m, sets: [code]", "./m, sets: code", "2:41: 'task.passages.sets' must be a list"),
+        (
+            "pretrained: m\n",
+            "pretrained: m\nevaluate: {lm-eval-items: 9}\n",
+            "4:1: 'evaluate.lm-eval-items' is for a task",
+        ),
+    ],
+)
+def test_a_task_that_does_not_suit_its_track_is_refused(root: Path, old: str, new: str, message: str) -> None:
+    (root / "mine.yaml").write_text(TINY.replace(old, new))
+    with pytest.raises(StrictError) as caught:
+        load_track(root / "mine.yaml", root, declared=True)
+    assert str(caught.value).startswith(f"{root}/mine.yaml:{message}")
+
+
+@pytest.mark.parametrize(
+    ("evaluate", "message"),
+    [("{lm-eval: {lambada: 9}}", "'evaluate.lm-eval' is for a model that is 'pretrained'"),
+     ("{lm-eval-items: 9}", "'evaluate.lm-eval-items' needs a task that is text, not bigram-backcopy")],
+)  # fmt: skip
+def test_evaluations_that_a_track_cannot_have_are_refused(root: Path, evaluate: str, message: str) -> None:
+    (root / "mine.yaml").write_text(
+        TINY.replace("pretrained: m", f"steps: 9\nlr: 1e-3\nwarmup: 0\nevaluate: {evaluate}").replace(
+            "{passages: {tokenizer: ./m, sets: [code]}}", "{bigram-backcopy: {}}"
+        )
+    )
+    with pytest.raises(StrictError, match=re.escape(message)):
+        load_track(root / "mine.yaml", root)
 
 
 def test_a_check_places_its_error_at_the_first_key_that_is_there() -> None:

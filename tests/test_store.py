@@ -9,14 +9,15 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from quantbench.store import Store, atomic_write, digest
+from quantbench.store import Store, atomic_write, check_writable, digest
 
 INPUTS = {"recipe": {"name": "baseline", "lr": 3e-3}, "seed": 0, "versions": {"trace": 1}}
 FILES = {"weights.safetensors": bytes(range(256)) * 8, "losses.json": b"[[0, 4.2]]\n"}
@@ -359,6 +360,58 @@ def test_usage_counts_cells_and_bytes(tmp_path: Path) -> None:
     path = finished(store)
     size = sum(p.stat().st_size for p in path.iterdir())
     assert store.usage() == [("pretrain", 1, size)]
+
+
+# --- a store that can only be read ---------------------------------------------------------------------------------
+
+
+@contextmanager
+def read_only(folder: Path) -> Iterator[None]:
+    """A folder on a mount that cannot be written, which needs root; the test is skipped without."""
+    mount = shutil.which("mount")
+    commands = [["--bind", folder, folder], ["-o", "remount,bind,ro", folder]]
+    if mount is None or subprocess.run([mount, *commands[0]], check=False, capture_output=True).returncode:
+        pytest.skip("root alone can mount a folder read-only")
+    try:
+        if subprocess.run([mount, *commands[1]], check=False, capture_output=True).returncode:
+            pytest.skip("root alone can mount a folder read-only")
+        yield
+    finally:
+        subprocess.run(["umount", folder], check=True)
+
+
+def test_a_store_on_a_read_only_mount_is_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "store"
+    path = finished(Store(folder))
+    (finished(Store(folder), {"seed": 1}) / "losses.json").write_bytes(b"wrong")
+    with read_only(folder):
+        store = Store(folder)
+        assert store.load("pretrain", INPUTS) == path
+        assert store.load("pretrain", {"seed": 2}) is None
+        assert capsys.readouterr().err == ""
+        assert store.load("pretrain", {"seed": 1}) is None
+        assert capsys.readouterr().err.endswith("losses.json is corrupted; it cannot be removed\n")
+        for inputs in ({"seed": 1}, {"seed": 2}):
+            with pytest.raises(ValueError, match="copy the project to where it can be written") as caught:
+                finished(store, inputs)
+            assert f"the store {folder}: {folder} is on a read-only mount, and a pretrain cell is missing" in str(
+                caught.value
+            )
+    finished(Store(folder), {"seed": 2})
+    assert strays(folder) == []
+
+
+def test_a_place_that_cannot_be_written_is_told_before(tmp_path: Path) -> None:
+    check_writable(tmp_path / "new" / "folder", "results in")
+    assert not (tmp_path / "new").exists()
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match=r"results in .*/file/below: .*/file is no folder"):
+        check_writable(tmp_path / "file" / "below", "results in")
+    (tmp_path / "gone").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match=r"gone is no folder"):
+        check_writable(tmp_path / "gone", "results in")
+    with read_only(tmp_path), pytest.raises(ValueError, match=r"on a read-only mount"):
+        check_writable(tmp_path / "new" / "folder", "results in")
 
 
 # --- a full disk ---------------------------------------------------------------------------------------------------

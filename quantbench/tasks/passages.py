@@ -7,12 +7,13 @@ training sequences. Documents come from the sets of `quantbench data`, or from t
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 
 from quantbench import corpora
 from quantbench.store import digest as digest_of
+from quantbench.strict import KeyedError, Place, nearest, place, quote
 from quantbench.tasks import Data, Ids, Task
 
 VERSION = 1  # bumped by hand when other ids come out of the same text
@@ -23,13 +24,18 @@ CALIBRATION = 6  # one document in so many
 class Passages(Task):
     """Documents, read by the tokenizer of a model."""
 
-    tokenizer: str = "smollm2"  # a model as `quantbench measure` takes it
+    tokenizer: Annotated[str, Place()] = "smollm2"  # a model as `quantbench measure` takes it
     sets: tuple[str, ...] = ("wikipedia",)  # names of `quantbench data`
 
-    def open(self, cache: Path) -> "Documents":
-        from quantbench.pretrained import tokenizer_of
+    def __post_init__(self) -> None:
+        for name in self.sets:
+            if name not in corpora.DOCUMENTS:
+                raise KeyedError(f"'sets' has {quote(name)}{nearest(name, corpora.DOCUMENTS)}", "sets")
 
-        tokenizer, bos, digest = tokenizer_of(self.tokenizer, cache)
+    def open(self, cache: Path) -> "Documents":
+        from quantbench.pretrained import SHORT, tokenizer_of
+
+        tokenizer, bos, digest = tokenizer_of(place(self.tokenizer, SHORT), cache)
         texts = [text for name in self.sets for text in corpora.documents(name, cache)]
         read = [corpora.digest(name, cache) for name in self.sets]
         return Documents(tokenizer, bos, texts, digest_of([VERSION, list(self.sets), digest, read]))

@@ -37,7 +37,7 @@ from numpy.typing import NDArray
 from quantbench import corpora
 from quantbench.store import Store, atomic_write
 from quantbench.store import digest as digest_of
-from quantbench.strict import Added, KeyedError, Range, dump, nearest, quote
+from quantbench.strict import Added, KeyedError, Place, Range, dump, nearest, place, quote
 from quantbench.tasks import Data, Ids, Task, random_bits
 
 if TYPE_CHECKING:
@@ -62,7 +62,9 @@ class Text(Task):
 
     domain: Literal["prose", "code"] = "prose"  # of packages: their docstrings, or their sources
     packages: tuple[str, ...] = ("numpy", "scipy", "transformers")  # names of installed distributions
-    folder: str = ""  # text files (.txt, .md, .rst, .py; UTF-8; links not followed) in place of packages
+    folder: Annotated[str, Place()] = (
+        ""  # text files (.txt, .md, .rst, .py; UTF-8; links not followed) in place of packages
+    )
     vocab: Annotated[int, Range(258, 65536)] = 512  # 256 bytes, 2 special tokens, the rest merges
     sets: Annotated[tuple[str, ...], Added()] = ()  # in place of packages: wikipedia, code
     dataset: Annotated[str, Added()] = (
@@ -230,7 +232,7 @@ class _Folder:
     """The text files under a folder, whole."""
 
     def __init__(self, folder: str):
-        root = Path(folder).expanduser()
+        root = Path(place(folder))
         if not root.is_dir():
             raise ValueError(f"text: {folder!r} is no folder")
         self.title = f"the text files of {folder}"
