@@ -9,14 +9,13 @@ A record begins with {schema, verb, model, text, environment}; what follows is t
 ablation.py, dynamics.py), which also says how it is shown: as `tables` and as `pictures`.
 """
 
-import json
 from collections.abc import Mapping
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from quantbench.markup import Table, escape, markdown
-from quantbench.results import ResultsError, anything, canonical, mapping, text
+from quantbench.results import ResultsError, anything, load, mapping, placed, sealed, text
 from quantbench.store import atomic_write, check_name
 
 Record = dict[str, Any]
@@ -62,29 +61,24 @@ def write(results: Path, record: Record, run: Record) -> Path:
     path = folder / f"{record['verb']}.json"
     for name, picture in pictures(record).items():
         atomic_write(folder / name, picture)
-    atomic_write(path.with_suffix(".run.json"), canonical(run))
-    atomic_write(path, canonical(record))
+    atomic_write(path.with_suffix(".run.json"), sealed(run))
+    atomic_write(path, sealed(record))
     return path
 
 
 def read_all(results: Path) -> list[Record]:
     """Every record of a model, by name and in the order of VERBS. ResultsError where one is not sound."""
-    found = []
+    found, remedy = [], "measure again"
     for path in sorted((results / FOLDER).glob("*/*.json")):
         if path.name.endswith(".run.json"):
             continue
-        if path.is_symlink() or not path.resolve().is_relative_to(results.resolve()):
+        if not path.resolve().is_relative_to(results.resolve()):
             raise ResultsError(f"{path}: a link leads out of the results folder")
-        try:
-            data = path.read_bytes()
-            record = json.loads(data)
+        record = load(path, remedy)
+        with placed(path, remedy):
             validate(record)
-            if canonical(record) != data:
-                raise ResultsError("not in canonical form: it was edited after it was written")
             if path != results / FOLDER / folder_name(record) / f"{record['verb']}.json":
                 raise ResultsError("its model or verb are not those of its path")
-        except (ResultsError, ValueError, RecursionError) as error:
-            raise ResultsError(f"{path}: {error}; restore it, or remove it and measure again") from error
         found.append(record)
     return sorted(found, key=lambda r: (folder_name(r), list(VERBS).index(r["verb"])))
 

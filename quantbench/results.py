@@ -8,13 +8,22 @@
 What is undefined is null, never NaN; losses are nats per token, damage and KL likewise, SQNR is in dB.
 The schema is the table of checks below. A file that breaks it is an integrity error (`ResultsError`): it names
 the file and the place in it, and nothing is rendered.
+
+A file vouches for itself. Its member "sha256" stands in a line of its own, and is that of all its other lines:
+
+    grep -v '^ "sha256"' FILE | sha256sum
+
+So do what `tune`, `measure`, `heads`, `ablate`, `dynamics` and `make perf` keep, and the searches beside the records.
+A file without it is refused: it was written by a version that could not tell a changed figure from a measured one.
 """
 
+import hashlib
 import json
 import math
 import re
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -28,6 +37,9 @@ SCHEMA = 1
 BASELINE = "baseline"
 PATH = re.compile(r"(sites-.+-|probe-)?seed-(0|[1-9][0-9]{0,8})\.json")
 LARGEST = 1 << 26  # bytes; a record is some tens of kilobytes
+SEAL = "sha256"  # the member by which a file vouches for itself
+# Members of the whole stand one space in, and text has no line ends: no other line begins like this.
+SEAL_LINE = re.compile(rb'^ "sha256": "([0-9a-f]{64}|)",?\n', re.MULTILINE)
 
 
 class ResultsError(Exception):
@@ -299,6 +311,53 @@ def canonical(record: Record) -> bytes:
     return (json.dumps(record, sort_keys=True, indent=1, allow_nan=False, ensure_ascii=False) + "\n").encode()
 
 
+def sealed(record: Record) -> bytes:
+    """The bytes of a record's file: canonical, with the member that vouches for all the others."""
+    assert SEAL not in record, "a record in memory has no seal"
+    return canonical({**record, SEAL: _seal(canonical({**record, SEAL: ""}))})
+
+
+def unsealed(data: bytes) -> Record:
+    """The record that a file holds. ResultsError where its bytes are not those that `sealed` wrote."""
+    found = SEAL_LINE.search(data)
+    if found is None:
+        raise ResultsError(f"no line {SEAL!r} vouches for it: it is of an older version, or was damaged")
+    if found[1].decode() != _seal(data):
+        raise ResultsError(f"it is not as it was written: its {SEAL} is of other bytes")
+    try:
+        record: Record = json.loads(data, parse_constant=_refuse_constant, object_pairs_hook=_refuse_repeated)
+    except (ValueError, RecursionError) as error:
+        raise ResultsError(f"no JSON: {error}") from error
+    mapping(record, "record")
+    if canonical(record) != data:
+        raise ResultsError("not in canonical form: it was edited after it was written")
+    del record[SEAL]
+    return record
+
+
+def _seal(data: bytes) -> str:
+    return hashlib.sha256(SEAL_LINE.sub(b"", data)).hexdigest()
+
+
+def load(path: Path, remedy: str = "run again what made it") -> Record:
+    """The record of a file, as it was written; its schema is not looked at. ResultsError names the file."""
+    if path.is_symlink() or not path.is_file() or path.stat().st_size > LARGEST:
+        raise ResultsError(f"{path}: not a record file")
+    with placed(path, remedy):
+        return unsealed(path.read_bytes())
+
+
+@contextmanager
+def placed(path: Path, remedy: str) -> Iterator[None]:
+    """Names the file, and what to do, in what is wrong with a record."""
+    try:
+        yield
+    except (ResultsError, ValueError, RecursionError) as error:
+        raise ResultsError(
+            f"{path}: {error}; restore it (git checkout -- {path}), or remove it and {remedy}"
+        ) from error
+
+
 def path_of(root: Path, record: Record) -> Path:
     """Where the record lives below the results folder."""
     track, recipe = check_name(record["track"]["name"], "track"), check_name(record["recipe"]["name"], "recipe")
@@ -312,19 +371,23 @@ def path_of(root: Path, record: Record) -> Path:
 
 def read(path: Path) -> Record:
     """One record, validated. ResultsError names the file."""
-    if path.is_symlink() or not path.is_file() or path.stat().st_size > LARGEST:
-        raise ResultsError(f"{path}: not a record file")
-    data = path.read_bytes()
-    try:
-        record: Record = json.loads(data, parse_constant=_refuse_constant, object_pairs_hook=_refuse_repeated)
+    remedy = "run its recipe again"
+    record = load(path, remedy)
+    with placed(path, remedy):
         validate(record)
-        if canonical(record) != data:
-            raise ResultsError("not in canonical form: it was edited after it was written")
         if not PATH.fullmatch(path.name) or path_of(path.parents[2], record) != path:
             raise ResultsError("its track, recipe, seed or quantizer are not those of its path")
-    except (ResultsError, ValueError, RecursionError) as error:
-        raise ResultsError(f"{path}: {error}; restore it, or remove it and run its recipe again") from error
     return record
+
+
+def check_others(root: Path) -> None:
+    """ResultsError where a file below the results folder that no table is made of is not as it was written.
+
+    These are the facts of runs, sweeps of learning rates, searches for a track's setting, and measurements of speed.
+    """
+    for pattern in ("*/*/*.run.json", "*/*/tune.json", "*/search.json", "perf/*.json"):
+        for path in sorted(root.glob(pattern)):
+            load(path)
 
 
 def read_all(root: Path) -> list[Record]:
@@ -363,15 +426,15 @@ def write(
     path = path_of(root, record)
     state: Literal["written", "replaced"] = "written"
     if path.exists():
-        if path.read_bytes() == canonical(record):
+        if path.read_bytes() == sealed(record):
             return "identical"
         old = None if accept else read(path)
         if old is not None and _inputs(old) == _inputs(record) and _outputs(old) != _outputs(record):
             return "differs"
         state = "replaced"
     # The record last: while it is missing, or the old one, the run counts as not yet written.
-    atomic_write(path.with_suffix(".run.json"), canonical(run))
-    atomic_write(path, canonical(record))
+    atomic_write(path.with_suffix(".run.json"), sealed(run))
+    atomic_write(path, sealed(record))
     return state
 
 

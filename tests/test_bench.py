@@ -24,7 +24,7 @@ import pytest
 from quantbench.bench import Job, environment, experiment
 from quantbench.cli import main
 from quantbench.recipe import Track, load_recipe, load_track
-from quantbench.results import canonical, read, read_all
+from quantbench.results import load, read, read_all, sealed
 from quantbench.store import Store, digest
 from quantbench.strict import loads
 
@@ -141,7 +141,7 @@ def test_a_record_says_what_it_depends_on(finished: tuple[Path, int, str, str]) 
     assert record["environment"] == environment()
     assert record["cost"]["added-parameters"] == 0
     assert [point["step"] for point in record["training"]["timeline"]] == [0, 7, 60]
-    about = json.loads((project / "results/tiny/relu-attn/seed-0.run.json").read_bytes())
+    about = load(project / "results/tiny/relu-attn/seed-0.run.json")
     assert about.keys() == {"commit", "dirty", "date", "machine", "seconds", "stages"}
     assert about["stages"].keys() == {"pretrain", "measure", "quantize"}
 
@@ -213,7 +213,7 @@ def test_a_committed_record_that_differs_stays_until_it_is_accepted(
     good = path.read_bytes()
     record = read(path)
     record["quantized"]["w8a8-token"]["kl"] *= 1 + 1e-12
-    altered = canonical(record)
+    altered = sealed(record)
     assert altered != good
     path.write_bytes(altered)
     assert main([*BENCH]) == 5

@@ -1,17 +1,34 @@
 """Records: what is no record is refused by name and place, and committed numbers are not replaced unasked."""
 
 import copy
+import hashlib
 import json
 import math
 import random
+import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
 from synthetic_records import Record, diverged, synthetic
 
-from quantbench.results import ResultsError, canonical, comparable, path_of, read_all, validate, write
+from quantbench.results import (
+    SEAL_LINE,
+    ResultsError,
+    canonical,
+    check_others,
+    comparable,
+    load,
+    path_of,
+    read,
+    read_all,
+    sealed,
+    unsealed,
+    validate,
+    write,
+)
 
+ROOT = Path(__file__).resolve().parent.parent
 RUN = {"commit": "abc", "dirty": False, "date": "2025-01-01", "timings": {"pretrain": 1.5}}
 
 
@@ -35,7 +52,7 @@ def test_records_are_valid_and_read_back_equal(tmp_path: Path) -> None:
     for record in records:
         assert write(tmp_path, record, RUN) == "written"
     assert read_all(tmp_path) == records
-    assert json.loads((tmp_path / "text/sgd/seed-0.run.json").read_text()) == RUN
+    assert load(tmp_path / "text/sgd/seed-0.run.json") == RUN
 
 
 def test_canonical_bytes_ignore_the_order_of_keys_and_keep_floats_exactly() -> None:
@@ -44,6 +61,85 @@ def test_canonical_bytes_ignore_the_order_of_keys_and_keep_floats_exactly() -> N
     assert json.loads(canonical(record)) == record
     assert canonical(record).endswith(b"}\n")
     assert b"0.30000000000000004" in canonical(record)
+
+
+# --- a file vouches for itself ---------------------------------------------------------------------------------------
+
+COMMITTED = sorted(path for path in (ROOT / "results").rglob("*.json"))
+
+
+def test_the_seal_is_the_sha256_of_the_other_lines(tmp_path: Path) -> None:
+    """As `grep -v` and `sha256sum` find it, wherever the line stands."""
+    for number, record in enumerate((synthetic(), RUN, {"a": 1}, {"z": '\n "sha256": "",\n'})):
+        path = tmp_path / f"{number}.json"
+        path.write_bytes(sealed(record))
+        others = subprocess.run(["grep", "-v", '^ "sha256"', path], capture_output=True, check=True).stdout
+        assert json.loads(path.read_bytes())["sha256"] == hashlib.sha256(others).hexdigest()
+        assert unsealed(path.read_bytes()) == load(path) == record
+
+
+@pytest.mark.parametrize("path", COMMITTED, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_every_committed_record_vouches_for_itself(path: Path) -> None:
+    assert sealed(load(path)) == path.read_bytes()
+
+
+def test_no_changed_byte_of_a_committed_record_is_taken_for_sound() -> None:
+    """Digits above all: another figure is what nobody would see."""
+    generator = random.Random(0)
+    for path in generator.sample(COMMITTED, 40):
+        good = path.read_bytes()
+        digits = [place for place, byte in enumerate(good) if chr(byte).isdigit()]
+        for place in generator.sample(digits, min(5, len(digits))):
+            other = bytes([generator.choice([d for d in b"0123456789" if d != good[place]])])
+            with pytest.raises(ResultsError):
+                unsealed(good[:place] + other + good[place + 1 :])
+        place, bit = generator.randrange(len(good)), 1 << generator.randrange(8)
+        with pytest.raises(ResultsError):
+            unsealed(good[:place] + bytes([good[place] ^ bit]) + good[place + 1 :])
+
+
+def test_other_bytes_of_the_same_record_are_refused() -> None:
+    """White space, another order, a repeated key: even under a seal that fits them."""
+    good = sealed(synthetic())
+    seal = SEAL_LINE.search(good)
+    assert seal is not None
+    for other in (
+        good.replace(b'"schema": 1', b'"schema":  1'),
+        good.replace(b'"kl": 0.1,', b'"kl": 0.10,'),
+        good.replace(b'"kl": 0.1,', b'"kl": 0.2,\n   "kl": 0.1,'),
+        good.replace(b' "status"', b' "seed": 0,\n "status"'),
+        good + b"\n",
+        good + seal[0],
+    ):
+        assert other != good
+        rest = SEAL_LINE.sub(b"", other)
+        fitting = seal[0].replace(seal[1], hashlib.sha256(rest).hexdigest().encode())
+        with pytest.raises(ResultsError):
+            unsealed(SEAL_LINE.sub(fitting, other))
+
+
+def test_a_record_of_an_older_version_has_nothing_that_vouches_for_it(tmp_path: Path) -> None:
+    write(tmp_path, synthetic(), RUN)
+    path = tmp_path / "text/baseline/seed-0.json"
+    path.write_bytes(canonical(synthetic()))
+    with pytest.raises(ResultsError, match=r"seed-0\.json: no line 'sha256' vouches for it: .* run its recipe again"):
+        read(path)
+
+
+@pytest.mark.parametrize(
+    "name", ["text/sgd/seed-0.run.json", "text/sgd/tune.json", "text/search.json", "perf/some.json"]
+)
+def test_what_no_table_is_made_of_is_looked_at_too(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    path.parent.mkdir(parents=True)
+    path.write_bytes(sealed(RUN))
+    check_others(tmp_path)
+    path.write_bytes(sealed(RUN).replace(b"1.5", b"1.6"))
+    with pytest.raises(ResultsError, match=f"{name}: it is not as it was written"):
+        check_others(tmp_path)
+
+
+# --- the schema ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
@@ -128,14 +224,14 @@ def test_a_record_must_be_where_it_says(tmp_path: Path) -> None:
     for wrong in ("text/baseline/seed-1.json", "text/relu-attn/seed-0.json", "code/baseline/seed-0.json"):
         path = tmp_path / wrong
         path.parent.mkdir(parents=True)
-        path.write_bytes(canonical(synthetic()))
+        path.write_bytes(sealed(synthetic()))
         with pytest.raises(ResultsError, match="not those of its path"):
             read_all(tmp_path)
         path.unlink()
         path.parent.rmdir()
     path = tmp_path / "text/baseline/seed-one.json"
     path.parent.mkdir()
-    path.write_bytes(canonical(synthetic()))
+    path.write_bytes(sealed(synthetic()))
     with pytest.raises(ResultsError, match="seed-one"):
         read_all(tmp_path)
 
@@ -158,7 +254,7 @@ def test_other_numbers_from_the_same_inputs_do_not_replace_a_record_unasked(tmp_
     assert write(tmp_path, first, {**RUN, "date": "later"}) == "identical"
     assert write(tmp_path, second, {**RUN, "date": "later"}) == "differs"
     assert read_all(tmp_path) == [first]
-    assert json.loads(path_of(tmp_path, first).with_suffix(".run.json").read_text()) == RUN
+    assert load(path_of(tmp_path, first).with_suffix(".run.json")) == RUN
     assert write(tmp_path, second, RUN, accept=True) == "replaced"
     assert read_all(tmp_path) == [second]
 

@@ -25,7 +25,7 @@ from quantbench.cli import main
 from quantbench.evaluate import Reference
 from quantbench.mitigations.prefix_kv import PrefixKV
 from quantbench.quantizers.integer import Integer
-from quantbench.results import ResultsError, canonical, path_of, read_all, read_sites, write
+from quantbench.results import ResultsError, load, path_of, read_all, read_sites, sealed, write
 from quantbench.store import Store
 from quantbench.trace import ExtremeRule
 
@@ -381,7 +381,7 @@ def test_the_command_from_nothing_to_a_table(
     assert record["versions"]["stages"].keys() == {"pretrain", "sites"}
     assert record["sequences"] == 16
     assert record["places"].keys() == {"inputs", "residual", "weights"}
-    assert json.loads(path.with_suffix(".run.json").read_bytes()).keys() >= {"commit", "date", "stages", "machine"}
+    assert load(path.with_suffix(".run.json")).keys() >= {"commit", "date", "stages", "machine"}
 
     monkeypatch.chdir(project)
     store = Store(project / ".quantbench")
@@ -399,7 +399,7 @@ def test_the_command_from_nothing_to_a_table(
 
     altered = json.loads(first)
     altered["all"]["kl"][0] *= 2
-    path.write_bytes(canonical(altered))
+    path.write_bytes(sealed(altered))
     assert main([*SITES]) == 5
     assert "baseline seed 0: this run differs from the committed record" in capsys.readouterr().err
     path.write_bytes(first.replace(b'"seed": 0', b'"seed": 1'))
