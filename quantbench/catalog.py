@@ -109,6 +109,9 @@ AXES: dict[str, dict[str, Line]] = {
 # Mitigations that come after pretraining and share the checkpoints of what they build on.
 POST_HOC = ("prefix-kv", "smoothquant", "hadamard", "percentile-clip")
 
+# Mitigations whose attention has weights without a bound: the mass on a position may be above 1.
+UNBOUNDED = ("relu-attention",)
+
 
 def names(axis: str) -> list[str]:
     """The names of one axis, in the order of the catalog."""

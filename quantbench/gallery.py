@@ -14,8 +14,9 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from quantbench.markup import Table, escape, markdown
-from quantbench.results import ResultsError, anything, load, mapping, placed, sealed, text
+from quantbench.checks import ResultsError, by_name, check_masses, mapping, text
+from quantbench.markup import Table, escape, markdown, spelled
+from quantbench.results import load, placed, sealed
 from quantbench.store import atomic_write, check_name
 
 Record = dict[str, Any]
@@ -23,14 +24,16 @@ Record = dict[str, Any]
 SCHEMA = 1
 FOLDER = "models"
 VERBS = {"measure": "portrait", "heads": "dormant", "ablate": "ablation", "dynamics": "dynamics"}  # verb -> module
+OURS = "quantbench"  # the type of a model that we trained
 HEAD = ("schema", "verb", "model", "text", "environment")
 
 
 def compose(verb: str, model: Mapping[str, Any], read: Mapping[str, Any], environment: Any, body: Record) -> Record:
-    """A whole record; ValueError where the body holds what JSON cannot (NaN)."""
+    """A whole record; ResultsError where the body holds what JSON cannot (NaN), or what no model can give."""
     record = {"schema": SCHEMA, "verb": verb, "model": dict(model), "text": dict(read), "environment": environment}
     assert not record.keys() & body.keys(), "a body has keys of its own"
-    record |= body
+    # Names and tokens of a model may hold anything: it is spelled out, since what is measured must not be lost for it.
+    record = spelled(record | body)
     validate(record)
     return record
 
@@ -38,7 +41,7 @@ def compose(verb: str, model: Mapping[str, Any], read: Mapping[str, Any], enviro
 def validate(record: Any, where: str = "record") -> None:
     """ResultsError naming the first place at which this is no record of a model."""
     mapping(record, where)
-    anything(record, where)
+    by_name(record, where)
     if record.get("schema") != SCHEMA:
         raise ResultsError(f"{where}: schema {record.get('schema')!r} is unknown (this version reads {SCHEMA})")
     if missing := [key for key in HEAD if key not in record]:
@@ -47,6 +50,8 @@ def validate(record: Any, where: str = "record") -> None:
         raise ResultsError(f"{where}.verb: {record['verb']!r} is none of {', '.join(VERBS)}")
     mapping(record["model"], f"{where}.model")
     text(record["model"].get("name"), f"{where}.model.name")
+    if record["model"].get("model-type") != OURS:  # which may have any form of attention
+        check_masses(record, where)
 
 
 def folder_name(record: Record) -> str:

@@ -227,6 +227,18 @@ def test_a_committed_record_that_differs_stays_until_it_is_accepted(
     assert path.read_bytes() == good
 
 
+def test_an_altered_record_is_told_before_any_work(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = copy / "results/tiny/relu-attn/seed-0.json"
+    good = path.read_bytes()
+    path.write_bytes(good.replace(b'"seed": 0', b'"seed": 1'))
+    shutil.rmtree(copy / ".quantbench" / "quantize")
+    assert main([*BENCH]) == 5
+    assert capsys.readouterr().err.splitlines()[-1].startswith(f"quantbench: {path}: it is not as it was written")
+    assert not (copy / ".quantbench" / "quantize").exists()
+    path.write_bytes(good)
+    assert main(["leaderboard"]) == 0
+
+
 def test_a_new_title_or_more_seeds_is_no_contradiction(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = copy / "recipes/tracks/tiny.yaml"
     path.write_text(TINY.replace("As smoke", "Like smoke").replace("[0, 1, 2]", "[0, 1, 2, 3]"))

@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 from synthetic_records import Record, diverged, synthetic
 
+from quantbench import catalog
+from quantbench.checks import DOMAINS, by_name, check_masses
 from quantbench.results import (
     SEAL_LINE,
     ResultsError,
@@ -78,9 +80,10 @@ def test_the_seal_is_the_sha256_of_the_other_lines(tmp_path: Path) -> None:
         assert unsealed(path.read_bytes()) == load(path) == record
 
 
-@pytest.mark.parametrize("path", COMMITTED, ids=lambda path: path.relative_to(ROOT).as_posix())
-def test_every_committed_record_vouches_for_itself(path: Path) -> None:
-    assert sealed(load(path)) == path.read_bytes()
+def test_every_committed_record_vouches_for_itself() -> None:
+    assert len(COMMITTED) > 500
+    for path in COMMITTED:
+        assert sealed(load(path)) == path.read_bytes()
 
 
 def test_no_changed_byte_of_a_committed_record_is_taken_for_sound() -> None:
@@ -145,7 +148,7 @@ def test_what_no_table_is_made_of_is_looked_at_too(tmp_path: Path, name: str) ->
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_no_number_of_a_record_may_be_nan(value: float) -> None:
     record = synthetic()
-    numbers = [place for place in places(record) if isinstance(at(record, place), float)]
+    numbers = [place for place in places(record) if isinstance(at_(record, place), float)]
     assert len(numbers) > 30
     for place in numbers:
         with pytest.raises(ResultsError, match="finite"):
@@ -154,7 +157,7 @@ def test_no_number_of_a_record_may_be_nan(value: float) -> None:
             canonical(changed(record, place, value))
 
 
-def at(record: Any, place: tuple[Any, ...]) -> Any:
+def at_(record: Any, place: tuple[Any, ...]) -> Any:
     for key in place:
         record = record[key]
     return record
@@ -165,7 +168,7 @@ def test_every_missing_or_unknown_key_is_named() -> None:
         for key in record:
             with pytest.raises(ResultsError, match=key):
                 validate({name: value for name, value in record.items() if name != key})
-        for place in [place for place in places(record) if isinstance(at(record, place), dict)]:
+        for place in [place for place in places(record) if isinstance(at_(record, place), dict)]:
             if place[-1] in ("environment", "cost", "training", "recipe", "track", "w8a8-token", "extreme"):
                 with pytest.raises(ResultsError, match="surplus"):
                     validate(changed(record, (*place, "surplus"), 1))
@@ -200,6 +203,145 @@ def test_every_missing_or_unknown_key_is_named() -> None:
 def test_what_is_wrong_is_named(place: tuple[Any, ...], value: Any, message: str) -> None:
     with pytest.raises(ResultsError, match=message):
         validate(changed(synthetic(), place, value))
+
+
+@pytest.mark.parametrize(
+    ("place", "value"),
+    [
+        (("seed",), 2**31),
+        (("cost", "parameters"), 10**400),
+        (("full-precision", "bits-per-byte"), 10**400),
+        (("recipe", "resolved"), {"mitigations": 5}),
+        (("track", "resolved"), {"evaluate": [], "rank-by": {"damage": "w8a8-static"}, "seeds": [0]}),
+        (("environment", "threads"), 0),
+        (("cost", "parameters"), 0),
+        (("cost", "flops-per-token"), -6000),
+        (("training", "losses", 1), [-100, 3.0]),
+        (("training", "losses", 1), [0, 3.0]),  # not later than the first
+        (("training", "losses", 1), [100, -3.0]),
+        (("training", "final-loss"), -3.0),
+        (("training", "timeline", 2, "step"), 10),
+        (("training", "timeline", 0, "residual-peak"), -1.0),
+        (("full-precision", "loss"), -3.0),
+        (("full-precision", "loss"), 3.1),  # the perplexity is that of another
+        (("full-precision", "perplexity"), 0.5),
+        (("full-precision", "bits-per-byte"), -1.0),
+        (("full-precision", "tokens"), 0),
+        (("full-precision", "metrics", "residual-peak", "value"), -1.0),
+        (("full-precision", "metrics", "residual-peak", "value"), "1.0"),
+        (("full-precision", "metrics", "bos-attention", "extra"), {"heads-above-half": 1.5}),
+        (("full-precision", "metrics", "bos-attention", "per-layer"), [0.5]),
+        (("full-precision", "metrics", "bos-attention", "extra"), {"largest-head": -0.5}),
+        (("full-precision", "metrics", "act-max", "extra"), {"layer": -1}),
+        (("full-precision", "lm-eval"), {"last-word": 1.5}),
+        (("full-precision", "lm-eval"), {"last-word-items": -1}),
+        (("full-precision", "task"), {"loss": -1.0}),
+        (("quantized", "w8a8-static", "kl"), -0.1),
+        (("quantized", "w8a8-static", "damage"), 0.3),  # not the difference of the losses
+        (("quantized", "w8a8-static", "perplexity"), 1.0),
+        (("quantized", "w8a8-static", "top1-agreement"), 1.01),
+        (("quantized", "w8a8-static", "top1-agreement"), -0.01),
+        (("quantized", "w8a8-static", "report"), {"share-of-weights": 1.5}),
+        (("quantized", "w8a8-static", "report"), {"bits-per-weight": -8}),
+        (("quantized", "w8a8-static", "sqnr", "all"), [20.0]),
+        (("quantized", "w8a8-static", "exemption", "tokens"), -1),
+        (("quantized", "w8a8-static", "exemption", "extreme", "kl"), -1.0),
+        (("recipe", "resolved"), {"mitigations": {}, "lr": "fast"}),
+        (("recipe", "resolved"), {"mitigations": {}, "lr": -1.0}),
+    ],
+)
+def test_what_cannot_be_is_refused_at_its_place(place: tuple[Any, ...], value: Any) -> None:
+    with pytest.raises(ResultsError, match=place[0]):
+        validate(changed(synthetic(), place, value))
+
+
+def test_a_mass_of_attention_is_one_at_most_where_its_form_says_so() -> None:
+    for place in [
+        ("full-precision", "metrics", "bos-attention", "value"),
+        ("training", "timeline", 0, "bos-attention"),
+    ]:
+        with pytest.raises(ResultsError, match=r"bos-attention.*: 1\.1 cannot be"):
+            validate(changed(synthetic(), place, 1.1))
+        validate(changed(synthetic("relu-attn", mitigations=("relu-attention",)), place, 1.1))
+
+
+def test_rounding_is_no_fault() -> None:
+    for place, value in [(("quantized", "w8a8-token", "kl"), -1e-8), (("training", "timeline", 0, "value-drain"), 0)]:
+        validate(changed(synthetic(), place, value))
+
+
+def test_figures_agree_with_the_track_that_they_are_of() -> None:
+    record = synthetic()
+    record["track"]["resolved"] |= {"steps": 100, "length": 128, "evaluate": {"sequences": 512}}
+    record["full-precision"]["sequence-losses"] = [3.0] * 512
+    validate(record)
+    for place, value in [
+        (("track", "resolved", "steps"), 99),
+        (("track", "resolved", "length"), 64),
+        (("track", "resolved", "evaluate", "sequences"), "512"),
+        (("full-precision", "sequence-losses"), [3.0] * 511),
+        (("full-precision", "tokens"), 512 * 127),
+        (("quantized", "w8a8-token", "sequence-kl"), [0.1]),
+    ]:
+        with pytest.raises(ResultsError, match=r"step 100|sequences|a number|integer"):
+            validate(changed(record, place, value))
+
+
+def test_an_accuracy_is_that_of_the_items() -> None:
+    record = synthetic()
+    items = {"lambada": "1101"}
+    full = record["full-precision"] | {"lm-eval": {"lambada": 0.75, "lambada-items": 4}, "lm-eval-items": items}
+    record["full-precision"] = full
+    validate(record)
+    for wrong in ({"lambada": 0.5, "lambada-items": 4}, {"lambada": 0.75, "lambada-items": 5}, {}):
+        with pytest.raises(ResultsError, match="share of its items"):
+            validate(changed(record, ("full-precision", "lm-eval"), wrong))
+    with pytest.raises(ResultsError, match="a 1 or a 0"):
+        validate(changed(record, ("full-precision", "lm-eval-items"), {"lambada": "1102"}))
+
+
+UNSEEN = ["\x1b[2J", "\x00", "\x7f", "\x9b31m", "\u202eevil", "\u2066", "\u200f", "\u200b", "\ufeff", "\U000e0041"]
+
+
+@pytest.mark.parametrize("unseen", UNSEEN, ids=ascii)
+def test_text_that_is_not_to_be_seen_is_refused_wherever_it_stands(unseen: str) -> None:
+    record = diverged("sgd")
+    for place in [at for at in places(record) if isinstance(at_(record, at), str) and at[-1] not in ("status", "name")]:
+        with pytest.raises(ResultsError, match="not to be seen") as error:
+            validate(changed(record, place, "a" + unseen))
+        assert str(error.value).isprintable()
+    validate(changed(record, ("recipe", "title"), "Ångström, “quoted” – 日本語 ρ\u00a0= 1"))
+
+
+@pytest.mark.parametrize("name", catalog.names("metrics"))
+def test_every_metric_says_what_it_can_be(name: str) -> None:
+    assert name in DOMAINS
+
+
+def test_limits_are_in_order_wherever_figures_have_some() -> None:
+    for good in ({"mean": 0.5, "low": 0.1, "high": 1.2}, {"mean": [[0.5]], "low": [[0.1]], "high": [[1.2]]}):
+        by_name({"attention": good}, "record")
+    for bad in (
+        {"mean": -0.5, "low": -0.6, "high": 2.0},
+        {"mean": 0.5, "low": 0.6, "high": 0.7},
+        {"mean": 0.5, "low": 0.6, "high": 0.4},
+        {"mean": [[0.5]], "low": [[0.6]], "high": [[0.7]]},
+        {"mean": [0.5, 0.5], "low": [0.1], "high": [0.7]},
+        {"mean": 0.5, "low": None, "high": 0.7},
+    ):
+        with pytest.raises(ResultsError, match=r"record\.attention"):
+            by_name({"attention": bad}, "record")
+    by_name({"loss": 2.0, "perplexity": math.exp(2.0)}, "record")
+    for wrong in ({"loss": 2.0, "perplexity": 2.0}, {"loss": "2.0"}, {"loss": True}, {"norm": -1.0}, {"layer": 1.5}):
+        with pytest.raises(ResultsError, match="record"):
+            by_name(wrong, "record")
+
+
+def test_what_a_model_of_softmax_cannot_draw_is_refused() -> None:
+    for body in ({"sink-attention": 1.5}, {"heads": [{"attention": {"mean": 1.1, "low": 1.0, "high": 1.2}}]}):
+        with pytest.raises(ResultsError, match="1 at most"):
+            check_masses(body, "record")
+    check_masses({"attention": {"mean": 0.99, "low": 0.9, "high": 1.08}, "delta-logit": 4.0}, "record")
 
 
 def test_a_diverged_record_gives_its_reason() -> None:
