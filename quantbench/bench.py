@@ -3,9 +3,9 @@
 Three stages, each a cell of the store, whose key holds everything it depends on:
 
     pretrain   a checkpoint                                        (recipe, track, seed, data, environment class)
-    given      what a model costs that is there already, instead   (the model)
-    measure    full-precision quality, metrics, lm-eval            (the checkpoint, evaluation settings)
-    quantize   one quantizer's damage, KL, exemption, SQNR, ...    (the checkpoint, the quantizer, evaluation settings)
+    given      what a model costs that is there already, instead   (the model, the packages that it runs through)
+    measure    full-precision quality, metrics, lm-eval            (the checkpoint, evaluation settings, what scores)
+    quantize   one quantizer's damage, KL, exemption, SQNR, ...    (that, the quantizer, the packages it is made of)
 
 What is post-hoc (the seam `prepare`) is left out of the pretrain key, so that checkpoints are shared. On a track whose
 model is `pretrained` there is one seed, and a record keeps the figures of every sequence: intervals are over these.
@@ -16,6 +16,7 @@ import os
 import platform
 import shutil
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -26,7 +27,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from quantbench import catalog
+from quantbench import catalog, corpora
+from quantbench.markup import spelled
 from quantbench.recipe import Recipe, Track, plain
 from quantbench.results import BASELINE, SCHEMA, Record
 from quantbench.store import Cell, Store, digest
@@ -46,6 +48,11 @@ AFTER_PRETRAINING = ("title", "seeds", "extra-seeds", "quantizers", "baseline-on
 COSMETIC = ("title", "seeds", "extra-seeds", "checkpoint")
 
 ROOM = 32 << 20  # bytes that the smallest of tracks needs
+# Variables that change what torch computes, beside what `environment` sees of them: part of a key where they are set.
+SETTINGS = ("ONEDNN_DEFAULT_FPMATH_MODE", "DNNL_DEFAULT_FPMATH_MODE", "ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA",
+            "MKL_CBWR", "MKL_ENABLE_INSTRUCTIONS", "MKL_DEBUG_CPU_TYPE", "NVIDIA_TF32_OVERRIDE",
+            "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE", "CUBLAS_WORKSPACE_CONFIG")  # fmt: skip
+WITHOUT_MKL = ("OPENBLAS_CORETYPE",)  # beside MKL it is numpy's matter alone, which computes no number of a record
 
 Say = Callable[[str, int, int, str], None]  # (stage, done, of, detail)
 
@@ -115,9 +122,10 @@ class Stages:
         mitigations = self.job.recipe.mitigations.items()
         self.entries = {name: entry.version for name, entry in mitigations}  # type: ignore[attr-defined]
         after = post_hoc(self.job.recipe)
+        self.environment = environment() | settings()
         # What every cell that judges the checkpoint depends on.
         evaluated = _without(dump(self.job.track.evaluate), ("exemption",))
-        here = _without(environment(), ("bitsandbytes",))
+        here = _without(self.environment, ("bitsandbytes",))
         if given := self.job.track.pretrained:
             from quantbench.pretrained import SHORT, identity
 
@@ -126,6 +134,7 @@ class Stages:
                 "version": VERSIONS["given"],
                 "model": identity(place(given, SHORT), self.store.root),
                 "length": length,
+                "packages": self.packages,
             }
             evaluated |= {"data": self.data.digest, "environment": here, "length": length}
         else:
@@ -158,6 +167,24 @@ class Stages:
             return self.stage("given", self.trained, lambda _: _given(self.job, self.store, self.say))
         return self.stage("pretrain", self.trained, lambda cell: _pretrain(self.job, self.data, cell, self.say))
 
+    @cached_property
+    def packages(self) -> dict[str, str | None]:
+        """Whose code a model that is there already runs through. What we train runs through ours and torch's alone."""
+        given = self.job.track.pretrained
+        return installed("transformers", "tokenizers", *(["gguf"] if given.endswith(".gguf") else [])) if given else {}
+
+    def scoring(self, own: bool) -> dict[str, Any]:
+        """What the scores of lm-eval depend on, as part of a key: its tasks, prompts and items; nothing without any.
+
+        own: whether it scores our own two tasks.
+        """
+        tasks = self.job.track.evaluate.lm_eval
+        if not own and not tasks:
+            return {}
+        items = {name: corpora.identity(name) for name in tasks if name in corpora.QUESTIONS}
+        scorers = installed("lm-eval", "datasets", "transformers", "tokenizers")
+        return {"scored-by": scorers | {"python": list(sys.version_info[:2]), "items": items}}  # it draws them
+
     @property
     def made_by(self) -> str:
         """The stage that the checkpoint is of."""
@@ -167,7 +194,7 @@ class Stages:
         """What every record of the job begins with, from the versions of the stages and quantizers that it used."""
         job = self.job
         track = plain(job.track)
-        return {
+        return spelled({
             "schema": SCHEMA,
             "status": "finished" if reason is None else "diverged",
             "reason": reason,
@@ -177,9 +204,10 @@ class Stages:
                       "resolved": track},
             "seed": job.seed,
             "data": self.data.digest,
-            "versions": {"stages": stages, "mitigations": self.entries, "quantizers": quantizers},
-            "environment": environment(),
-        }  # fmt: skip
+            "versions": {"stages": stages, "mitigations": self.entries, "quantizers": quantizers,
+                         **({"packages": self.packages} if self.packages else {})},
+            "environment": self.environment,
+        })  # fmt: skip
 
     def run(self) -> Record:
         """The facts of this run."""
@@ -211,6 +239,7 @@ def experiment(job: Job, store: Store, compute: bool = True, say: Say = lambda *
         if reason is None:
             metrics = {name: catalog.load("metrics", name).version for name in job.track.metrics}
             inputs = judged | {"version": VERSIONS["measure"], "metrics": metrics}
+            inputs |= stages.scoring(bool(job.track.evaluate.lm_eval_items))
             full = from_json(stage("measure", inputs, lambda _: _measure(lazy, say)), "figures.json")
             reason = None if full["loss"] is not None else "the held-out loss is not finite"
         if reason is None:
@@ -219,6 +248,8 @@ def experiment(job: Job, store: Store, compute: bool = True, say: Say = lambda *
                     "version": VERSIONS["quantize"], "quantizer": {name: track["quantizers"][name]},
                     "entry": quantizer.version, "exemption": name in job.track.evaluate.exemption,
                     "lm-eval": _harnessed(job, name), "bitsandbytes": here["bitsandbytes"],
+                    **stages.scoring(_harnessed(job, name)),
+                    **({"packages": installed(*quantizer.packages)} if quantizer.packages else {}),
                 }  # fmt: skip
                 say("quantize", index, len(job.quantizers), name)
                 folder = stage("quantize", inputs, lambda _, name=name: _quantize(lazy, name, say))  # type: ignore[misc]
@@ -432,6 +463,26 @@ def _vendor() -> str:
     except OSError:
         return platform.processor() or platform.machine()
     return next((line.split(":")[1].strip() for line in lines if line.startswith("vendor_id")), platform.machine())
+
+
+def installed(*packages: str) -> dict[str, str | None]:
+    """package -> its version; None where it is not installed."""
+    found: dict[str, str | None] = {}
+    for name in packages:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = None  # what needs it says so
+    return found
+
+
+def settings() -> dict[str, str]:
+    """Those of SETTINGS that are set, in one text; nothing where none is, so that keys hold."""
+    import torch
+
+    read = SETTINGS if torch.backends.mkl.is_available() else SETTINGS + WITHOUT_MKL
+    told = [f"{name}={os.environ[name]}" for name in read if name in os.environ]
+    return {"settings": " ".join(told)} if told else {}
 
 
 @cache

@@ -111,6 +111,8 @@ AXES: dict[str, dict[str, Line]] = {
 POST_HOC = ("prefix-kv", "smoothquant", "hadamard", "percentile-clip")
 
 PACKAGES = {"bnb": "bitsandbytes", "hqq": "hqq", "ao": "torchao"}  # of modules of quantizers
+# Mitigations whose attention has weights without a bound: the mass on a position may be above 1.
+UNBOUNDED = ("relu-attention",)
 
 
 def names(axis: str) -> list[str]:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from quantbench import __version__, catalog, cli_models, shell
 from quantbench.face import print_json, print_table, root, whole_number
+from quantbench.markup import visible
 
 if TYPE_CHECKING:
     from quantbench.bench import Job
@@ -33,10 +34,10 @@ def _run(argv: list[str]) -> int:
     try:
         return int(arguments.verb(arguments))
     except (ValueError, OSError) as error:
-        print(f"quantbench: {error}" if not _is_placed(error) else error, file=sys.stderr)
+        print(visible(f"quantbench: {error}" if not _is_placed(error) else str(error)), file=sys.stderr)
         return 2
     except _integrity() as error:
-        print(f"quantbench: {error}", file=sys.stderr)
+        print(visible(f"quantbench: {error}"), file=sys.stderr)
         return 5
 
 

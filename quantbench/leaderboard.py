@@ -17,7 +17,7 @@ from quantbench import answer, claims, figures, gallery, relation, tables
 from quantbench.board import SIGNATURES, Board, Mean, board, value_of
 from quantbench.markup import escape, harmless, markdown
 from quantbench.numerals import plain
-from quantbench.results import Record, read_all, read_probes, read_sites
+from quantbench.results import Record, check_others, read_all, read_probes, read_sites
 from quantbench.store import atomic_write
 
 BEGIN, END = "<!-- leaderboard:begin -->", "<!-- leaderboard:end -->"
@@ -34,6 +34,7 @@ EMPTY = "No results yet: `quantbench bench RECIPE` makes them."
 def render(results_root: Path, readme: Path | None = None) -> dict[Path, bytes]:
     """Every file made from the records, by path: README.md, leaderboard.csv, the figures of each track, and the
     project's README with its block replaced. ResultsError for unsound records, ValueError for a README without it."""
+    check_others(results_root)
     records, sites = read_all(results_root), read_sites(results_root)
     tracks = sorted({r["track"]["name"] for r in records}, key=lambda name: (name != HEADLINE_TRACK, name))
     boards = [board([r for r in records if r["track"]["name"] == track]) for track in tracks]

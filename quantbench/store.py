@@ -25,6 +25,7 @@ import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 
 Json = Mapping[str, object]
@@ -282,6 +283,20 @@ def read_regular(path: Path) -> bytes:
     """The bytes of a file; FileNotFoundError for a link or a pipe."""
     with open(path, "rb", opener=_no_link) as file:
         return file.read()
+
+
+def sha256_of(path: Path) -> str:
+    """sha256 (hex) of a file as it is now: read again only where it has changed. FileNotFoundError as `read_regular`.
+
+    Every job of a sweep asks, and some files are gigabytes.
+    """
+    about = path.lstat()
+    return _sha256_of(path, about.st_ino, about.st_size, about.st_mtime_ns, about.st_ctime_ns)
+
+
+@cache
+def _sha256_of(path: Path, *state: int) -> str:
+    return _sha256(path)
 
 
 def _sha256(path: Path) -> str:

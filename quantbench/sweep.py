@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from quantbench import shell
 from quantbench.bench import Job, check, experiment
-from quantbench.results import Record, rank_by, write
+from quantbench.results import Record, check_track, rank_by, write
 from quantbench.store import Store
 
 if TYPE_CHECKING:
@@ -57,7 +57,12 @@ def sweep(
     tell: Callable[[str], None],
     function: Experiment = experiment,
 ) -> Outcome:
-    """Makes and writes the record that `function` gives of every job."""
+    """Makes and writes the record that `function` gives of every job.
+
+    ResultsError, before anything is made, where a record of these tracks is not sound and is not to be replaced.
+    """
+    for track in {} if accept else dict.fromkeys(job.track_name for job in jobs):
+        check_track(results, track)
     outcome = Outcome()
     for job, done in each(function, jobs, store, workers, check):
         if isinstance(done, str):

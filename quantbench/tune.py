@@ -14,7 +14,7 @@ from typing import Any
 from quantbench import bench, catalog, sweep
 from quantbench.bench import Job
 from quantbench.recipe import Recipe, Track
-from quantbench.results import canonical
+from quantbench.results import sealed
 from quantbench.store import Store, atomic_write, digest
 
 SEED = 100  # no track's
@@ -86,5 +86,5 @@ def half_decades(start: float, index: int) -> float:
 def write(results: Path, record: dict[str, Any]) -> Path:
     """Puts the sweep beside the recipe's records, results/<track>/<recipe>/tune.json."""
     path = results / record["track"]["name"] / record["recipe"]["name"] / "tune.json"
-    atomic_write(path, canonical(record | {"source": bench.source()}))
+    atomic_write(path, sealed(record | {"source": bench.source()}))
     return path

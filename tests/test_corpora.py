@@ -1,7 +1,13 @@
 """Text and evaluation sets out of packages: what is taken, what is cleaned, what is refused."""
 
+import bz2
+import gzip
 import hashlib
+import json
+import os
+import random
 import zipfile
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -43,6 +49,93 @@ def test_other_bytes_are_refused_and_nothing_is_left(index: None, tmp_path: Path
     with pytest.raises(ValueError, match="refused"):
         wheel(b"wrong").get(tmp_path)
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
+
+
+def damaged(path: Path, how: str) -> None:
+    """As a disk, a hand or an attacker might leave it."""
+    if how == "flipped":
+        path.write_bytes(bytes([path.read_bytes()[0] ^ 1]) + path.read_bytes()[1:])
+    elif how == "truncated":
+        path.write_bytes(path.read_bytes()[:-1])
+    else:
+        path.unlink()
+        if how == "a link":
+            path.symlink_to(path.parent.parent)
+        elif how == "a folder":
+            path.mkdir()
+        elif how == "a pipe":
+            os.mkfifo(path)
+
+
+@pytest.mark.parametrize("how", ["flipped", "truncated", "a link", "a folder", "a pipe", "missing"])
+def test_a_member_is_looked_at_whenever_it_is_read_and_got_anew(index: None, tmp_path: Path, how: str) -> None:
+    mine = wheel(b"right")
+    mine.get(tmp_path)
+    assert mine.member(tmp_path, MEMBER, "words", "get words") == mine.path(tmp_path, MEMBER)
+    damaged(mine.path(tmp_path, MEMBER), how)
+    assert not mine.ready(tmp_path)
+    with pytest.raises(ValueError, match=r"^words: (damaged since it came|not here yet): run `get words`$"):
+        mine.member(tmp_path, MEMBER, "words", "get words")
+    mine.get(tmp_path)
+    assert mine.member(tmp_path, MEMBER, "words", "get words").read_bytes() == b"right"
+
+
+@pytest.mark.parametrize("name", corpora.QUESTIONS)
+def test_no_flipped_bit_of_an_evaluation_set_gives_items(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither other items nor a traceback of a parser: one line that says what to run."""
+    content, generator = evaluation_file(name, tmp_path), random.Random(name)
+    found, member = corpora.SETS[name]  # type: ignore[misc]
+    mine = Wheel(found.package, found.version, {member: hashlib.sha256(content).hexdigest()})
+    monkeypatch.setitem(corpora.SETS, name, (mine, member))
+    path = mine.path(tmp_path, member)
+    path.parent.mkdir(parents=True)
+    path.write_bytes(content)
+    before = corpora.rows(name, tmp_path), corpora.digest(name, tmp_path)
+    assert len(before[0]) == 4
+    for place in generator.sample(range(len(content)), 25):
+        path.write_bytes(content[:place] + bytes([content[place] ^ 1 << generator.randrange(8)]) + content[place + 1 :])
+        for read in (corpora.rows, corpora.digest):
+            with pytest.raises(ValueError, match=f"^{name}: damaged since it came: run `quantbench data get {name}`$"):
+                read(name, tmp_path)
+        assert corpora.status(tmp_path)[name] == f"damaged since it came: quantbench data get {name}"
+    path.write_bytes(content)
+    assert (corpora.rows(name, tmp_path), corpora.digest(name, tmp_path)) == before
+
+
+def evaluation_file(name: str, folder: Path) -> bytes:
+    """Four items in the form in which the package has them."""
+    if name in ("hellaswag", "piqa"):
+        import datasets
+
+        datasets.Dataset.from_list([{"goal": f"item {number}"} for number in range(4)]).save_to_disk(folder / "set")
+        return next((folder / "set").glob("*.arrow")).read_bytes()
+    docs = [
+        {"id": n, "query": "Question: Why?\nAnswer:", "answers_text": ["so"], "choices": ["a", "b"], "gold": 1}
+        for n in range(4)
+    ]
+    return gzip.compress("".join(json.dumps({"doc": doc}) + "\n" for doc in docs).encode())
+
+
+def test_articles_of_another_parser_are_other_articles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is read decides the digest: not the version of a file that others may read otherwise."""
+    found, member = corpora.SETS["wikipedia"]  # type: ignore[misc]
+    content = bz2.compress(
+        b"<mediawiki><page><title>T</title><text>" + b"Prose. " * 100 + b"</text></page></mediawiki>"
+    )
+    mine = Wheel(found.package, found.version, {member: hashlib.sha256(content).hexdigest()})
+    monkeypatch.setitem(corpora.SETS, "wikipedia", (mine, member))
+    mine.path(tmp_path, member).parent.mkdir(parents=True)
+    mine.path(tmp_path, member).write_bytes(content)
+    first = corpora.documents("wikipedia", tmp_path), corpora.digest("wikipedia", tmp_path)
+    assert len(first[0]) == 1
+    monkeypatch.setattr(corpora, "_plain", lambda wikitext: "Other prose. " * 50)
+    assert corpora.digest("wikipedia", tmp_path) == first[1]  # the articles are kept
+    version = metadata.version
+    monkeypatch.setattr(metadata, "version", lambda name: "9" if name == "mwparserfromhell" else version(name))
+    assert corpora.documents("wikipedia", tmp_path)[0].startswith("T\n\nOther prose.")
+    assert corpora.digest("wikipedia", tmp_path) != first[1]
 
 
 def test_a_package_that_pip_cannot_bring_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,7 @@ from tiny import ENTRIES, EVERY, MODELS, RECIPES, Mitigations, gaussian, ids, mo
 from torch import Tensor, nn
 
 from quantbench import catalog
-from quantbench.attention import Form, Softmax, attend, causal
+from quantbench.attention import Form, Softmax, attend, causal, with_appended
 from quantbench.mitigations import SEAMS, Mitigation, Settings, combine, seams
 from quantbench.mitigations.adamw import AdamW
 from quantbench.mitigations.relu_attention import Relu, ReluAttention
@@ -48,6 +48,15 @@ def form(mitigations: Mitigations, heads: int, features: int = 16) -> Form:
 
 
 # The contract, for every entry of the catalog
+
+
+@entries
+def test_a_weight_is_one_at_most_unless_the_catalog_says_otherwise(name: str) -> None:
+    """Records are held to it: a mass of attention above 1 is refused there."""
+    weigh = form({name: asdict(ENTRIES[name]())}, 4)
+    scores_BHTS = 100 * gaussian(1, 4, 8, 8 + weigh.appended)
+    weights_BHTS = weigh(scores_BHTS, with_appended(causal(8, CPU), 8 + weigh.appended)).detach()
+    assert (float(weights_BHTS.max()) > 1 + 1e-5) == (name in catalog.UNBOUNDED)
 
 
 @entries

@@ -1,11 +1,11 @@
 """The benchmarks themselves: what a contest gives, and what is in the page. Not a word about how fast anything is."""
 
-import json
 from pathlib import Path
 
 from tiny import RECIPES
 
 from quantbench import catalog
+from quantbench.results import sealed
 from tests.perf.contest import contest, quartiles, ratio
 from tests.perf.recipes import trained
 from tests.perf.table import render
@@ -37,7 +37,7 @@ def test_the_page_shows_quartiles_where_there_are_some(tmp_path: Path) -> None:
     row = {"table": "T", "case": "c", "what": "w", "ms": 1.0, "anchor": "a", "ratio": 1.07, "goals": []}
     here = {"cpu": "Some", "device": "cpu", "torch": "2"}
     record = {"recipes": {"rows": [row, row | {"quartiles": [1.05, 1.1]}], "environment": here}}
-    (tmp_path / "some.json").write_text(json.dumps(record))
+    (tmp_path / "some.json").write_bytes(sealed(record))
     page = render(tmp_path)
     assert "| c | w | 1 | 1.07 |  |" in page
     assert "| c | w | 1 | 1.07 (1.05 to 1.1) |  |" in page

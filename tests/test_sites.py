@@ -25,7 +25,7 @@ from quantbench.cli import main
 from quantbench.evaluate import Reference
 from quantbench.mitigations.prefix_kv import PrefixKV
 from quantbench.quantizers.integer import Integer
-from quantbench.results import ResultsError, canonical, path_of, read_all, read_sites, write
+from quantbench.results import ResultsError, load, path_of, read_all, read_sites, sealed, unsealed, write
 from quantbench.store import Store
 from quantbench.trace import ExtremeRule
 
@@ -241,7 +241,7 @@ def imagined(recipe: str = "baseline", seed: int = 0, scale: float = 1.0, **chan
         "quantizer": {"name": "w8a8-static", "resolved": {"weights": 8}},
         "sequences": 256,
         "extreme": {"layer": 1, "threshold": 30.5, "tokens": 256},
-        "all": {"damage": [0.1 * scale, 0.09, 0.11], "kl": [0.1, None, None]},
+        "all": {"damage": [0.1 * scale, 0.09 * scale, 0.11 * scale], "kl": [0.1, None, None]},
         "kinds": {"inputs": paid(0.08 * scale, 0.09 * scale), "weights": paid(0.001, 0.002)},
         "places": {
             "inputs": {
@@ -381,7 +381,7 @@ def test_the_command_from_nothing_to_a_table(
     assert record["versions"]["stages"].keys() == {"pretrain", "sites"}
     assert record["sequences"] == 16
     assert record["places"].keys() == {"inputs", "residual", "weights"}
-    assert json.loads(path.with_suffix(".run.json").read_bytes()).keys() >= {"commit", "date", "stages", "machine"}
+    assert load(path.with_suffix(".run.json")).keys() >= {"commit", "date", "stages", "machine"}
 
     monkeypatch.chdir(project)
     store = Store(project / ".quantbench")
@@ -397,9 +397,9 @@ def test_the_command_from_nothing_to_a_table(
     asked = sites.experiment(other, store, compute=False, quantizer="w8a8-token")
     assert asked is None
 
-    altered = json.loads(first)
-    altered["all"]["kl"][0] *= 2
-    path.write_bytes(canonical(altered))
+    altered = unsealed(first)
+    altered["all"]["kl"][0] *= 1 + 1e-9
+    path.write_bytes(sealed(altered))
     assert main([*SITES]) == 5
     assert "baseline seed 0: this run differs from the committed record" in capsys.readouterr().err
     path.write_bytes(first.replace(b'"seed": 0', b'"seed": 1'))

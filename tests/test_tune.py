@@ -1,12 +1,12 @@
 """Learning rates: the sweep's points, its rule, and that every recipe states what its committed sweep found."""
 
-import json
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from quantbench.recipe import load_recipe, load_track
+from quantbench.results import load
 from quantbench.store import Store
 from quantbench.tune import SEED, half_decades, tune, write
 
@@ -33,12 +33,12 @@ def test_a_sweep_takes_the_lowest_training_loss_and_goes_on_at_an_edge(tmp_path:
     assert losses[1e-6] > losses[1e-4]
     path = write(tmp_path / "results", record)
     assert path == tmp_path / "results" / "smoke" / "relu-attn" / "tune.json"
-    assert json.loads(path.read_text())["best"] == record["best"]
+    assert load(path)["best"] == record["best"]
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "results").glob("*/*/tune.json")), ids=lambda p: p.parent.name)
 def test_a_recipe_states_the_rate_its_sweep_found(path: Path) -> None:
-    record = json.loads(path.read_text())
+    record = load(path)
     track_name, name = path.parent.parent.name, path.parent.name
     recipe, track = load_recipe(name, ROOT)[1], load_track(track_name, ROOT)[1]
     assert recipe.lr.get(track_name, track.lr) == record["best"]

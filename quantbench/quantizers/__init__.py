@@ -50,6 +50,7 @@ class Quantizer:
     quantizes_activations: ClassVar[bool] = False  # else exemption has no meaning
     title: ClassVar[str] = ""
     version: ClassVar[int] = 1  # bumped by hand when its numbers change: it is part of the cells' keys
+    packages: ClassVar[tuple[str, ...]] = ()  # whose own code decides its numbers, beside torch and bitsandbytes
 
     def check(self, widths: list[int]) -> None:
         """ValueError where a Linear's input width cannot be quantized so (a group that does not divide it)."""

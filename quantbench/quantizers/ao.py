@@ -33,6 +33,7 @@ LOUD = ("torchao", "torch.utils._pytree")  # loggers, when it is imported
 @dataclass(frozen=True)
 class TorchaoInt8(Quantizer):
     title: ClassVar[str] = "torchao: INT8 weights per channel, activations dynamic per token"
+    packages: ClassVar[tuple[str, ...]] = ("torchao",)
     quantizes_activations: ClassVar[bool] = True
 
     def quantize(self, model: nn.Module, calibration: Calibration) -> dict[str, float]:

@@ -39,6 +39,7 @@ BITS = 4
 @dataclass(frozen=True)
 class HQQ(Quantizer):
     title: ClassVar[str] = "INT4 weights in groups with fitted zero points (HQQ), activations in full precision"
+    packages: ClassVar[tuple[str, ...]] = ("hqq",)
 
     group: int = 64  # input features that share a scale and a zero point
 

@@ -125,7 +125,9 @@ class Text(Task):
             source = _Dataset(self.dataset, self.take, self.column)
         else:
             source = _Packages(self.packages, self.domain)
-        return source, {"version": VERSION, "source": source.identity(), "vocab": self.vocab}
+        # Merges are the tokenizer's work; Python says what a docstring is, and which files have a syntax.
+        makers = {"tokenizers": metadata.version("tokenizers"), "python": list(sys.version_info[:2])}
+        return source, {"version": VERSION, "source": source.identity(), "vocab": self.vocab, **makers}
 
 
 def _named(task: Text) -> dict[str, object]:
@@ -214,7 +216,8 @@ class _Packages:
         self.title = f"{'docstrings' if domain == 'prose' else 'sources'} of {self.title}"
 
     def identity(self) -> dict[str, object]:
-        return {"domain": self.domain, "packages": [[package.name, package.version] for package in self.found]}
+        # A version may have several builds: pip's list of files has the digest of each.
+        return {"domain": self.domain, "packages": [[p.name, p.version, _listed(p)] for p in self.found]}
 
     def documents(self) -> Iterator[tuple[str, list[str]]]:
         for package in self.found:
@@ -228,6 +231,12 @@ class _Packages:
                 yield file.as_posix(), [source] if self.domain == "code" else _docstrings(path, source)
 
 
+def _listed(package: metadata.Distribution) -> str:
+    """sha256 (hex) of what pip's list says of the files that are read."""
+    lines = (package.read_text("RECORD") or "").splitlines()
+    return _sha256(sorted(line for line in lines if ".py," in line and not line.startswith("..")))
+
+
 class _Folder:
     """The text files under a folder, whole."""
 
@@ -238,7 +247,7 @@ class _Folder:
         self.title = f"the text files of {folder}"
         self.files: dict[str, str] = {}
         for parent, _, names in os.walk(root, followlinks=False):
-            for path in (Path(parent, name) for name in names if name.endswith(SUFFIXES)):
+            for path in (Path(parent, name) for name in names if name.lower().endswith(SUFFIXES)):
                 if path.is_file() and not path.is_symlink():
                     self.files[path.relative_to(root).as_posix()] = _utf8(path, path.read_bytes())
 
@@ -454,6 +463,8 @@ def _read(path: Path, whole: bool = False) -> tuple[dict[str, object], dict[str,
             return inputs, {}
         if about["sha256"] != _checksum(about, streams):
             raise ValueError("its checksum is another")
+        if any(stream.dtype != np.uint16 for stream in streams.values()):
+            raise ValueError("its ids are of another type")
     except (SafetensorError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path}: altered since it was written ({error}): carry it again") from None
     return inputs, {name: about[name].encode() for name in TEXTS} | {f"{n}.npy": _npy(x) for n, x in streams.items()}

@@ -3,7 +3,6 @@
 python -m tests.perf [statistics] [products] [attention] [training] [recipes]        all of them where none is named
 """
 
-import json
 import os
 import re
 import sys
@@ -13,6 +12,7 @@ import torch
 
 from quantbench.bench import environment, source
 from quantbench.face import root
+from quantbench.results import load, sealed
 from quantbench.store import atomic_write
 from tests.perf.table import PARTS, render
 
@@ -30,11 +30,11 @@ def main(parts: list[str]) -> None:
     name = re.sub("[^a-z0-9]+", "-", (here["cpu"] if device == "cpu" else here["device"]).lower()).strip("-")
     folder = root() / "results" / "perf"
     path = folder / f"{name}.json"
-    record = json.loads(path.read_text()) if path.exists() else {}
+    record = load(path) if path.exists() else {}
     for part in parts or PARTS:
         rows = import_module(f"tests.perf.{part}").rows(device)
         record[part] = {"rows": rows, "environment": here, "source": source()}
-        atomic_write(path, (json.dumps(record, indent=1, sort_keys=True) + "\n").encode())
+        atomic_write(path, sealed(record))
     atomic_write(folder / "README.md", render(folder).encode())
 
 

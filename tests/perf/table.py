@@ -1,8 +1,9 @@
 """results/perf/*.json -> the tables of results/perf/README.md."""
 
-import json
 from itertools import groupby
 from pathlib import Path
+
+from quantbench.results import load
 
 PARTS = ("statistics", "products", "attention", "training", "recipes")  # in the order of the page
 
@@ -19,7 +20,7 @@ def render(folder: Path) -> str:
     """The tables of every machine's file."""
     lines = [HEADER]
     for path in sorted(folder.glob("*.json")):
-        record = json.loads(path.read_text())
+        record = load(path)
         for part in sorted(record, key=PARTS.index):
             found = record[part]
             here = found["environment"]
