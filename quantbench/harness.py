@@ -25,7 +25,7 @@ import torch
 from torch import nn
 
 from quantbench import corpora
-from quantbench.anatomy import device_of
+from quantbench.anatomy import Prefixed, anatomy, device_of
 from quantbench.evaluate import BATCH, Figures, Reference, log_probabilities, nll
 
 CHOICES = 4  # of a question of our own
@@ -179,10 +179,25 @@ def _lm(model: Any, tokenizer: Any, bos: int | None, length: int | None) -> Any:
 
     config = getattr(model, "config", None)
     longest = length or min(2048, getattr(config, "max_position_embeddings", None) or 2048)
-    return Behind(
+    before = _short_pass(model, bos)
+    taken = Behind(
         pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=BATCH,
         max_length=longest, device=str(device_of(model)), prefix_token_id=bos,
     )  # fmt: skip
+    if not torch.equal(_short_pass(model, bos), before):
+        raise ValueError("lm-eval changed the model that it was given, so that its figures would be another model's: "
+                         "leave evaluate.lm-eval out, or give the model untied")  # fmt: skip
+    return taken
+
+
+@torch.no_grad()
+def _short_pass(model: Any, bos: int | None) -> torch.Tensor:
+    """The logits of a few tokens, NaN as 0."""
+    first = int(model.prefix_R[0]) if isinstance(model, Prefixed) else bos or 0
+    rows = anatomy(model).table.num_embeddings
+    ids = [first, *(number % rows for number in (1, 2, 3, 5, 8, 13))]
+    logits: torch.Tensor = model.eval()(torch.tensor([ids], device=device_of(model))).logits
+    return logits.nan_to_num()
 
 
 def _evaluate(lm: Any, tasks: dict[str, Any], samples: dict[str, list[int]] | None = None) -> dict[str, Any]:
