@@ -25,7 +25,8 @@ from quantbench.metrics import Activations, LayerMean, Metric, median
 from quantbench.trace import Watcher, token_losses
 
 LEARNED = -1  # stands for the id of a learned token in front of a sequence, which has none
-SITES = ("embedding", "residual", "norm", "linear-input", "linear-output", "scores")  # at which a largest is sought
+# At which a largest is sought. What enters a norm shows the sum after the attention, which passes no module of theirs.
+SITES = ("embedding", "residual", "norm-input", "norm", "linear-input", "linear-output", "scores")
 
 
 @dataclass
@@ -130,13 +131,13 @@ class Largest:
     def wires(self) -> Iterator[tuple[nn.Module, Watcher, bool]]:
         """For `trace.hooked`."""
         layers = {id(m): layer for layer, block in enumerate(self.parts.blocks) for m in block.modules()}
-        blocks = set(map(id, self.parts.blocks))
+        residual = {id(m) for m in (*self.parts.blocks, *self.parts.places.get("residual", {}).values())}
         scores = {id(heads.scores) for heads in self.parts.heads.values()}
         for path, module in self.model.named_modules():
             see = partial(self._see, path, layers.get(id(module)))
             if module is self.parts.embedding:
                 yield module, partial(see, "embedding"), False
-            elif id(module) in blocks:
+            elif id(module) in residual:
                 yield module, partial(see, "residual"), False
             elif id(module) in scores:
                 yield module, partial(self._see_scores, see, learned_keys(module)), False
@@ -144,6 +145,7 @@ class Largest:
                 yield module, partial(see, "linear-input"), True
                 yield module, partial(see, "linear-output"), False
             elif "norm" in type(module).__name__.lower():
+                yield module, partial(see, "norm-input"), True
                 yield module, partial(see, "norm"), False
 
     def _see_scores(self, see: Any, appended: int, scores_BHTS: Tensor) -> None:

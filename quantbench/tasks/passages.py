@@ -2,7 +2,7 @@
 
 A window is BOS (where the model has one) and the first `length` tokens of a document, in the model's own tokenizer; a
 document that is shorter is left out. One document in six is kept for calibration. Nothing is trained on: there are no
-training sequences. Documents come from the sets of `quantbench data`, or from text files.
+training sequences. Documents come from the sets of `quantbench data`.
 """
 
 from dataclasses import dataclass
@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from quantbench import corpora
 from quantbench.store import digest as digest_of
 from quantbench.tasks import Data, Ids, Task
+from quantbench.tokenbytes import bytes_up_to
 
 VERSION = 1  # bumped by hand when other ids come out of the same text
 CALIBRATION = 6  # one document in so many
@@ -45,6 +47,8 @@ class Documents(Data):
         self.bos, self.digest = bos, digest
         self._tokenizer, self._texts = tokenizer, texts
         self._ids: dict[int, list[int]] = {}
+        self._up_to: dict[int, NDArray[np.int64] | None] = {}  # bytes of text before each token
+        self._bytes: dict[tuple[int, ...], int] = {}  # of the windows that were held out
 
     def training(self, seed: int, first: int, count: int, length: int) -> Ids:
         """ValueError: there are none."""
@@ -65,7 +69,11 @@ class Documents(Data):
 
     def held_out(self, count: int, length: int) -> Ids:
         others = (number for number in range(len(self._texts)) if number % CALIBRATION)
-        windows = [ids[:length] for ids in map(self._encoded, others) if len(ids) >= length]
+        long = [number for number in others if len(self._encoded(number)) >= length]
+        windows = [self._encoded(number)[:length] for number in long]
+        for number, window in zip(long, windows, strict=True):
+            if (up_to := self._up_to[number]) is not None:
+                self._bytes[tuple(window)] = int(up_to[length])
         if len(windows) < count:
             raise ValueError(
                 f"passages: {len(windows):,} documents have {length:,} tokens, {count:,} are asked for: "
@@ -73,14 +81,18 @@ class Documents(Data):
             )
         return self._behind(windows[:count], length)
 
-    def bytes_of(self, ids: Ids) -> int:
-        # A token may hold part of a character: what counts is the text of a whole window.
-        windows = ids.reshape(-1, ids.shape[-1]).tolist()
-        return sum(len(text.encode()) for text in self._tokenizer.batch_decode(windows, skip_special_tokens=True))
+    def bytes_of(self, ids: Ids) -> int | None:
+        """Of the first tokens of held-out documents, as `held_out` gives them, without BOS; None for any other ids."""
+        total = 0
+        for window in ids.reshape(-1, ids.shape[-1]).tolist():
+            if (up_to := self._bytes.get(tuple(window))) is None:
+                return None
+            total += up_to
+        return total
 
     def _encoded(self, number: int) -> list[int]:
         if number not in self._ids:
-            self._ids[number] = self._tokenizer.encode(self._texts[number], add_special_tokens=False)
+            self._ids[number], self._up_to[number] = bytes_up_to(self._tokenizer, self._texts[number])
         return self._ids[number]
 
     def _behind(self, windows: list[list[int]], length: int) -> Ids:
