@@ -308,6 +308,26 @@ def device_of(model: nn.Module) -> torch.device:
     return next(there, torch.device("cpu"))
 
 
+def check_ids(model: Any, ids: Any, whose: str) -> None:
+    """ValueError, one line, where one of the ids (a list, array or tensor) has no row in the model's table.
+
+    A table may have more rows than the vocabulary has tokens; ids beyond it, or below 0, are another vocabulary's.
+    """
+    decoder = model.inner if isinstance(model, Prefixed) else model
+    kind = decoder.config.model_type
+    check_known(kind)
+    table = decoder.embed if kind == "quantbench" else _at(decoder, ARCHITECTURES[kind].table)
+    found = torch.as_tensor(ids)
+    if not found.numel():
+        return
+    for number in (int(found.min()), int(found.max())):
+        if not 0 <= number < table.num_embeddings:
+            raise ValueError(
+                f"{whose}: token id {number:,} is none of this model, whose table has {table.num_embeddings:,} rows: "
+                "ids of another vocabulary mean nothing to it; give it its own tokenizer"
+            )
+
+
 def check_known(kind: str) -> None:
     """ValueError for a model_type whose anatomy is not known."""
     if kind not in (*ARCHITECTURES, "quantbench"):

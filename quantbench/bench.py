@@ -106,7 +106,10 @@ class Stages:
     def __post_init__(self) -> None:
         self.began = time.monotonic()
         self.say("data", 0, 1, "")
-        self.data = self.job.track.task.open(self.store.root)  # type: ignore[attr-defined]
+        task: Any = self.job.track.task
+        if self.job.track.pretrained:
+            task.check_model(self.job.track.pretrained, self.store.root)
+        self.data = task.open(self.store.root)
         self.seconds: dict[str, float] = {}
         mitigations = self.job.recipe.mitigations.items()
         self.entries = {name: entry.version for name, entry in mitigations}  # type: ignore[attr-defined]

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from quantbench.anatomy import device_of
+from quantbench.anatomy import check_ids, device_of
 from quantbench.calibration import Calibration
 from quantbench.mitigations import Mitigation, fold_projection
 from quantbench.quantizers import Quantizer
@@ -55,6 +55,8 @@ class Reference:
         self.calibration = list(
             torch.from_numpy(calibration_NT)[:, :-1].to(self.device).split(min(CALIBRATION_BATCH, self.batch))
         )
+        for whose, ids in (("held-out sequences", self.ids_NT), ("calibration sequences", calibration_NT)):
+            check_ids(self.model, ids, whose)
         self._kept: dict[int, Tensor] = {}
         fold_projection(self.model)
         self.prepared = self.mitigation.prepare(

@@ -25,7 +25,7 @@ import torch
 from torch import nn
 
 from quantbench import corpora
-from quantbench.anatomy import Prefixed, anatomy, device_of
+from quantbench.anatomy import Prefixed, anatomy, check_ids, device_of
 from quantbench.evaluate import BATCH, Figures, Reference, log_probabilities, nll
 
 CHOICES = 4  # of a question of our own
@@ -160,9 +160,12 @@ def _lm(model: Any, tokenizer: Any, bos: int | None, length: int | None) -> Any:
     class Behind(HFLM):  # type: ignore[misc]
         def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
             if bos is None:
-                return list(super().tok_encode(string, add_special_tokens, **kwargs))
-            front = [] if add_special_tokens is False else [bos]
-            return front + list(self.tokenizer.encode(string, add_special_tokens=False))
+                ids = list(super().tok_encode(string, add_special_tokens, **kwargs))
+            else:
+                ids = [] if add_special_tokens is False else [bos]
+                ids += self.tokenizer.encode(string, add_special_tokens=False)
+            check_ids(self.model, ids, "lm-eval")
+            return ids
 
         def _loglikelihood_tokens(self, requests: Any, *args: Any, **kwargs: Any) -> Any:
             self.most = max((len(continuation) for _, _, continuation in requests), default=0)
@@ -243,6 +246,7 @@ def passage_bits(model: nn.Module, encoded: list[list[int]], passages: list[dict
     total = 0.0
     for ids in encoded:
         ids_BT = torch.tensor([[bos, *ids]], device=device_of(model))
+        check_ids(model, ids_BT, "passages of lm-eval")
         total += float(nll(log_probabilities(model, ids_BT), ids_BT).double().sum())
     return total / math.log(2) / sum(len(p["text"].encode()) for p in passages)
 

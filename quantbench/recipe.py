@@ -157,7 +157,11 @@ class Track:
             raise KeyedError("'seeds': a model that is 'pretrained' has one; intervals are over documents", "seeds")
 
     def check_entries(self) -> None:
-        """ValueError where a quantizer cannot work on this decoder's Linears: told before hours of pretraining."""
+        """ValueError where task or quantizers cannot work on this decoder: told before hours of pretraining."""
+        if self.pretrained and not self.task.reads_with_a_model:  # type: ignore[attr-defined]
+            raise KeyedError(
+                "'task' makes ids of its own, which mean nothing to a model that is 'pretrained': take `passages`", "task"
+            )
         if self.pretrained:
             return  # its widths are known when it is opened
         for name, quantizer in self.quantizers.items():

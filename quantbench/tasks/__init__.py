@@ -9,6 +9,7 @@ Shapes: B sequences, T positions, ids are int64.
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -74,9 +75,15 @@ class Data(ABC):
 class Task:
     """The contract of an entry: parameters as fields, data through `open`."""
 
+    reads_with_a_model: ClassVar[bool] = False  # its ids are those of the tokenizer of a model that is there already
+
     def open(self, cache: Path) -> Data:
         """The data, made on the first call and kept under `cache`; ValueError names what is missing."""
         raise NotImplementedError
+
+    def check_model(self, model: str, cache: Path) -> None:
+        """ValueError where its ids are of another vocabulary than a model's, which `quantbench measure` takes so."""
+        raise ValueError(f"this task makes ids of its own, which mean nothing to {model}: take the task `passages`")
 
     def ready(self, cache: Path) -> bool:
         """Whether `open` has nothing to make."""

@@ -5,9 +5,10 @@ document that is shorter is left out. One document in six is kept for calibratio
 training sequences. Documents come from the sets of `quantbench data`.
 """
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,6 +26,8 @@ CALIBRATION = 6  # one document in so many
 class Passages(Task):
     """Documents, read by the tokenizer of a model."""
 
+    reads_with_a_model: ClassVar[bool] = True
+
     tokenizer: str = "smollm2"  # a model as `quantbench measure` takes it
     sets: tuple[str, ...] = ("wikipedia",)  # names of `quantbench data`
 
@@ -35,6 +38,28 @@ class Passages(Task):
         texts = [text for name in self.sets for text in corpora.documents(name, cache)]
         read = [corpora.digest(name, cache) for name in self.sets]
         return Documents(tokenizer, bos, texts, digest_of([VERSION, list(self.sets), digest, read]))
+
+
+    def check_model(self, model: str, cache: Path) -> None:
+        from quantbench.pretrained import tokenizer_of
+
+        if self.tokenizer == model:
+            return
+        mine, theirs = (_reading(tokenizer_of(name, cache)[0]) for name in (self.tokenizer, model))
+        if mine != theirs:
+            raise ValueError(
+                f"passages: the tokenizer of {self.tokenizer} is not that of {model}, to which its ids mean other "
+                f"tokens: set `tokenizer: {model}`"
+            )
+
+
+def _reading(tokenizer: Any) -> Any:
+    """All that decides which ids a text becomes."""
+    whole = getattr(tokenizer, "backend_tokenizer", None)
+    if whole is None:
+        return tokenizer.get_vocab()
+    parts = json.loads(whole.to_str())
+    return [parts.get(name) for name in ("model", "normalizer", "pre_tokenizer", "added_tokens")]
 
 
 class Documents(Data):
