@@ -8,12 +8,13 @@ attention gets sites (heads.py), the first block one at its entrance, and GPT-2'
 the attention, before the MLP, passes no module of theirs: `residual` is there the output of each block alone.
 
 What takes a module's place (`replace`) computes what that module's class is known to compute. So whoever replaces one,
-or reads its weights as all that it does, first asks `check_plain`: a subclass whose forward does more (LoRA, a scale), a
-forward of the instance's own and a hook are refused in one line, since they would be lost without a word.
+or reads its weights as all that it does, first asks `check_plain`: a subclass whose forward does more (LoRA, a scale),
+a forward of the instance's own and a hook are refused in one line, since they would be lost without a word.
 
 Shapes: B sequences, T tokens, D residual features, H query heads, E features of a head.
 """
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from dataclasses import replace as changed
@@ -226,6 +227,8 @@ def anatomy(model: Any) -> Anatomy:
 def check_plain(place: str, module: nn.Module, base: type[nn.Module]) -> None:
     """ValueError, one line, where a module computes more than its `base` class: what takes its place would not."""
     more = _own_forward(module, base)
+    if getattr(getattr(module, "weight", None), "is_meta", False):
+        raise ValueError(f"{place}: its weights are kept on the CPU or a disk for want of room: it cannot be replaced")
     if more is None and (module._forward_hooks or module._forward_pre_hooks):
         more = "has a forward hook"
     if more is not None:
@@ -238,10 +241,9 @@ def check_plain(place: str, module: nn.Module, base: type[nn.Module]) -> None:
 def _own_forward(module: nn.Module, base: type[nn.Module]) -> str | None:
     """What a module's forward is, where it is not that of its base class."""
     kind, own = type(module), vars(module).get("forward")
-    hook = vars(module).get("_hf_hook")  # accelerate's, which moves inputs to the device of the weights
-    if own is not None and hook is not None and not getattr(hook, "offload", True):
-        own = None if getattr(vars(module).get("_old_forward"), "__func__", None) is kind.forward else own
-    if own is not None:
+    hook = vars(module).get("_hf_hook")  # accelerate's, which brings inputs and weights together, is no part of it
+    moved = type(hook).__name__ == "AlignDevicesHook" and getattr(module, "_old_forward", None) is not None
+    if own is not None and not (moved and getattr(module._old_forward, "__func__", None) is kind.forward):
         return "has a forward of its own"
     if kind.forward is not base.forward or kind.__call__ is not nn.Module.__call__:
         return f"is a {kind.__name__} with a forward of its own"
@@ -257,7 +259,9 @@ def scale_of_table(table: Any) -> Tensor | None:
     """
     scale = getattr(table, "embed_scale", None)
     if isinstance(scale, Tensor) and type(table).forward is not nn.Embedding.forward:
-        bare = not (vars(table).keys() & {"forward"} or table._forward_hooks or table._forward_pre_hooks)
+        bare = table.max_norm is None and not (
+            vars(table).keys() & {"forward"} or table._forward_hooks or table._forward_pre_hooks
+        )
         rows = {0, 1, table.num_embeddings - 1, table.padding_idx or 0} & set(range(table.num_embeddings))
         ids = torch.tensor(sorted(rows), device=table.weight.device)
         with torch.no_grad():  # that it scales, and does no more, is known by a name alone: so it is asked
@@ -268,11 +272,12 @@ def scale_of_table(table: Any) -> Tensor | None:
 
 
 def replace(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
-    """Puts a module where another one is, by identity; a library that initialises what it does not know leaves it."""
-    path = next(path for path, module in model.named_modules() if module is old)
+    """Puts a module wherever another one is, by identity; a library that initialises what it finds leaves it alone."""
+    paths = [path for path, module in model.named_modules(remove_duplicate=False) if module is old]
     for module in new.modules():
         module._is_hf_initialized = True  # type: ignore[assignment]
-    model.set_submodule(path, new)
+    for path in paths:
+        model.set_submodule(path, new)
 
 
 def untie(model: Any) -> None:
@@ -304,7 +309,7 @@ def _refuse_to_save(*args: Any, **kwargs: Any) -> None:
 
 def device_of(model: nn.Module) -> torch.device:
     """Where ids go to. Of a model that accelerate spreads over devices, its first part takes them from there."""
-    there = (p.device for p in model.parameters() if not p.is_meta)
+    there = (p.device for p in itertools.chain(model.parameters(), model.buffers()) if not p.is_meta)
     return next(there, torch.device("cpu"))
 
 
@@ -313,7 +318,7 @@ def check_ids(model: Any, ids: Any, whose: str) -> None:
 
     A table may have more rows than the vocabulary has tokens; ids beyond it, or below 0, are another vocabulary's.
     """
-    decoder = model.inner if isinstance(model, Prefixed) else model
+    decoder: Any = model.inner if isinstance(model, Prefixed) else model
     kind = decoder.config.model_type
     check_known(kind)
     table = decoder.embed if kind == "quantbench" else _at(decoder, ARCHITECTURES[kind].table)
@@ -449,11 +454,11 @@ def _conv1d_to_linear(blocks: list[Any]) -> None:
     for block in blocks:
         for path, module in list(block.named_modules()):
             if isinstance(module, Conv1D):
-                check_plain(path, module, Conv1D)
                 if module.weight.is_meta:
                     raise ValueError(
                         "its weights are kept on the CPU or a disk for want of room, which a Conv1D cannot be"
                     )
+                check_plain(path, module, Conv1D)
                 block.set_submodule(path, Transposed(module))
 
 

@@ -2,7 +2,8 @@
 
 Every sequence is one window of the track's length that begins with BOS, scored whole in one pass: window = stride =
 length, so each held-out token counts once. Damage is the quantized minus the model's own full-precision loss; KL is
-of the full-precision distribution to the quantized one; both are means over tokens.
+of the full-precision distribution to the quantized one; both are means over tokens. Bits per byte divide by the UTF-8
+bytes of text that the predicted tokens stand for, however a window cuts it (tokenbytes.py).
 
 Shapes: B sequences of a batch, N all held-out sequences, T positions, V vocabulary.
 """

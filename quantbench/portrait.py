@@ -11,7 +11,8 @@ or without it where the model has none.
                     (value_drain.py), delta logit (delta_logit.py) and attention are given for it, it need not be BOS
     bits per byte   the loss over the bytes of the tokens that were predicted, as they stand in the text (tokenbytes.py)
     extreme         a token whose norm exceeds 3 x the median of its window after the block of the peak
-    overflow        the largest |x| of all that passes: residual stream, inputs and outputs of Linears, norms, scores
+    overflow        the largest |x| of all that passes: residual stream, inputs and outputs of norms (what enters one
+                    shows the sum after the attention) and of Linears, the head's among them, scores
 
 Layers and positions are counted from 0.
 """
@@ -130,6 +131,8 @@ class _Text:
 
 def _text_of(given: "Given", texts: list[str], length: int, windows: int, room: int | None) -> _Text:
     """As many of the windows asked for as there are, of as many documents as it can be."""
+    from quantbench.interventions import too_short
+
     assert windows > 0
     given.check_length(length, room)
     if length < 2:
@@ -140,7 +143,7 @@ def _text_of(given: "Given", texts: list[str], length: int, windows: int, room: 
         if sum(map(bool, there)) == windows:
             break
     if not any(there):
-        raise ValueError(f"no document has {length} tokens: give more text, or shorter windows (--length)")
+        raise ValueError(too_short(length))
     shares = [0] * len(there)
     while (left := min(windows, sum(there)) - sum(shares)) > 0:
         for number in [n for n, count in enumerate(there) if shares[n] < count][:left]:

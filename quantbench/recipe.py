@@ -160,7 +160,8 @@ class Track:
         """ValueError where task or quantizers cannot work on this decoder: told before hours of pretraining."""
         if self.pretrained and not self.task.reads_with_a_model:  # type: ignore[attr-defined]
             raise KeyedError(
-                "'task' makes ids of its own, which mean nothing to a model that is 'pretrained': take `passages`", "task"
+                "'task' makes ids of its own, which mean nothing to a model that is 'pretrained': take `passages`",
+                "task",
             )
         if self.pretrained:
             return  # its widths are known when it is opened

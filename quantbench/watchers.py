@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from quantbench.anatomy import Anatomy
 from quantbench.calibration import EXTREME, Exemption, learned_keys, what_counts
 from quantbench.metrics import Activations, LayerMean, Metric, median
-from quantbench.trace import Watcher, token_losses
+from quantbench.trace import Watcher, remedy, token_losses
 
 LEARNED = -1  # stands for the id of a learned token in front of a sequence, which has none
 # At which a largest is sought. What enters a norm shows the sum after the attention, which passes no module of theirs.
@@ -157,8 +157,9 @@ class Largest:
         largest = max(-low, high)
         if not math.isfinite(low) or not math.isfinite(high):
             at = "outside the layers" if layer is None else f"layer {layer}"
-            remedy = "measure it in float32" if self.dtype != "float32" else "take shorter windows (--length)"
-            raise ValueError(f"{at} ({path}, {site}) gives NaN or infinity in {self.dtype} on this text: {remedy}")
+            raise ValueError(
+                f"{at} ({path}, {site}) gives NaN or infinity in {self.dtype} on this text: {remedy(self.dtype)}"
+            )
         if site not in self.found or largest > self.found[site][0]:
             self.found[site] = (largest, path, layer)
 

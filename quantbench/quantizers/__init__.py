@@ -440,7 +440,6 @@ class IntegerEmbedding(nn.Module):
     """A table of at most 8 bits, one range per row, looked up as floats; a scale of the rows stays what it was."""
 
     weight: Tensor
-    scale_V1: Tensor
     multiplier: Tensor | None
 
     def __init__(self, embedding: nn.Embedding, bits: int) -> None:
@@ -449,7 +448,8 @@ class IntegerEmbedding(nn.Module):
         self.bits, self.packed, self.dtype = bits, bits <= 4, embedding.weight.dtype
         self.num_embeddings, self.embedding_dim = embedding.weight.shape
         self.register_buffer("weight", pack_int4(codes.q_NK) if self.packed else codes.q_NK)
-        self.register_buffer("scale_V1", codes.scale_NG)
+        # A parameter, for libraries take a model's device from its first, and all else may be low-bit.
+        self.scale_V1 = nn.Parameter(codes.scale_NG, requires_grad=False)
         self.register_buffer("multiplier", scale_of_table(embedding), persistent=False)
 
     def forward(self, ids: Tensor) -> Tensor:

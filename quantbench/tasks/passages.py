@@ -39,7 +39,6 @@ class Passages(Task):
         read = [corpora.digest(name, cache) for name in self.sets]
         return Documents(tokenizer, bos, texts, digest_of([VERSION, list(self.sets), digest, read]))
 
-
     def check_model(self, model: str, cache: Path) -> None:
         from quantbench.pretrained import tokenizer_of
 
