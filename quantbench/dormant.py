@@ -8,11 +8,10 @@ as well without it, and active where zeroing it costs loss. Of every head and do
     zeroed       loss without the head minus loss with it: its columns of the input of W_O are 0
     moved        the same where all of the head's attention stands on the sink: a dormant head is where it was
 
-Means are over texts of a domain, one window each, of different documents; a domain that has fewer documents than texts
-are asked for, such as a text file, gives more windows of each, which do not overlap and are spread evenly over it.
-Losses are paired by text; limits are those of Student's t at 95% over windows, head by head, not adjusted for how many
-heads are looked at; windows of one document are more alike than documents are, so that theirs are too narrow for the
-domain, and speak of that document alone. A head is
+Means are over texts of a domain, one window each, of different documents; a domain of one document, as a text file is,
+gives windows that do not overlap and are spread evenly over it. Losses are paired by text; limits are those of
+Student's t at 95%, head by head, not adjusted for how many heads are looked at. Over windows of one document they speak
+of that document alone: these are more alike than documents are. A head is
 
     dormant      in a domain where its attention is above PARKED and the limits of `zeroed` lie within +-NEGLIGIBLE
     active       where it is not dormant and the limits of `zeroed` lie above 0
@@ -60,14 +59,15 @@ def survey(
 ) -> Body:
     """The body of a record, fit for JSON; `run` in it are the facts of this run.
 
-    `texts` windows of `length` tokens of each domain, or as many as it has, of as many documents as it can be.
-    ValueError where that is fewer than two, for windows in which no query counts, and where the model shows no heads or
-    gives no numbers.
+    `texts` (2 or more) windows of `length` tokens of each domain, or as many as it has documents so long; of one
+    document, as many as it has. ValueError where that is fewer than two, for windows in which no query counts, and
+    where the model shows no heads or gives no numbers.
     """
     from quantbench.anatomy import anatomy
 
     started = time.perf_counter()
     assert len(domains) > 1
+    assert texts > 1
     parts = anatomy(given.model)
     if not parts.heads:
         raise ValueError("this model shows nothing of its attention: its heads cannot be told apart")
@@ -93,12 +93,13 @@ def survey(
     found = [_head(head, seen, changes) for head in heads]
     found.sort(key=lambda at: (not at["contrasts"], -abs(at["difference"]), at["layer"], at["head"]))
     notes = [
-        f"domain {name}: its text has {len(windows)} windows of {length} tokens, {texts} were asked for"
+        f"domain {name}: {len(windows)} {'documents' if of[name] > 1 else 'windows'} have {length} tokens, {texts} "
+        "were asked for"
         for name, windows in read.items()
         if len(windows) < texts
     ]
     notes += [
-        f"domain {name}: {len(windows)} windows of {of[name]} document{'s' * (of[name] > 1)}: limits are of that text"
+        f"domain {name}: {len(windows)} windows of one document: limits are of that text"
         for name, windows in read.items()
         if of[name] < len(windows)
     ]
@@ -126,30 +127,23 @@ def survey(
 def _windows(
     given: "Given", documents: list[str], length: int, texts: int, room: int | None
 ) -> "tuple[list[Tensor], int]":
-    """As many windows as are asked for, or there are, behind BOS; and of how many documents.
+    """Windows behind BOS, as many as are asked for or there are; and of how many documents.
 
-    The first window of each document; where that is too few, as many of each as it takes, spread evenly over it.
+    The first window of each document; of one document alone, windows that are spread evenly over it.
     """
     from quantbench.interventions import windows_of
 
     first = windows_of(given, documents, length, texts, room, each=1, least=SHORTEST)
-    if len(first) == texts > 1:
-        return first, texts
-    whole = ([ids_T for _, ids_T in given.windows([text], length)] for text in documents)
-    there = [windows for windows in whole if windows]
-    shares = [0] * len(there)
-    while (left := min(max(texts, 2), sum(map(len, there))) - sum(shares)) > 0:
-        for number in [n for n, share in enumerate(shares) if share < len(there[n])][:left]:
-            shares[number] += 1
-    found = [
-        windows[i * len(windows) // share] for windows, share in zip(there, shares, strict=True) for i in range(share)
-    ]
-    if len(found) < 2:
+    if len(first) > 1:
+        return first, len(first)
+    every = [ids_T for _, ids_T in given.windows(documents, length)]  # all of one document: the others fill none
+    if len(every) < 2:
         shorter = ", or shorter windows (--length)" if length > SHORTEST else ""
         raise ValueError(
             f"its text fills one window of {length} tokens, two are needed for an interval: give longer text{shorter}"
         )
-    return found, sum(map(bool, shares))
+    count = min(texts, len(every))
+    return [every[i * len(every) // count] for i in range(count)], 1
 
 
 def _look(given: "Given", parts: "Anatomy", read: "dict[str, list[Tensor]]", say: Say) -> dict[str, Body]:
