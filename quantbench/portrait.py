@@ -12,7 +12,7 @@ or without it where the model has none.
     bits per byte   the loss over the bytes of the tokens that were predicted, as they stand in the text (tokenbytes.py)
     extreme         a token whose norm exceeds 3 x the median of its window after the block of the peak
     overflow        the largest |x| of all that passes: residual stream, inputs and outputs of norms (what enters one
-                    shows the sum after the attention) and of Linears, the head's among them, scores
+                    shows the sum after the attention) and of Linears, the head's among them, scores; and of weights
 
 Layers and positions are counted from 0.
 """

@@ -26,7 +26,8 @@ from quantbench.trace import Watcher, remedy, token_losses
 
 LEARNED = -1  # stands for the id of a learned token in front of a sequence, which has none
 # At which a largest is sought. What enters a norm shows the sum after the attention, which passes no module of theirs.
-SITES = ("embedding", "residual", "norm-input", "norm", "linear-input", "linear-output", "scores")
+# Weights do not pass, but a dtype must hold them, too.
+SITES = ("embedding", "residual", "norm-input", "norm", "linear-input", "linear-output", "scores", "weight")
 
 
 @dataclass
@@ -131,6 +132,10 @@ class Largest:
     def wires(self) -> Iterator[tuple[nn.Module, Watcher, bool]]:
         """For `trace.hooked`."""
         layers = {id(m): layer for layer, block in enumerate(self.parts.blocks) for m in block.modules()}
+        for path, module in self.model.named_modules():
+            for weight in module.parameters(recurse=False):
+                if not weight.is_meta and weight.numel():  # accelerate keeps some elsewhere
+                    self._see(path, layers.get(id(module)), "weight", weight.detach())
         residual = {id(m) for m in (*self.parts.blocks, *self.parts.places.get("residual", {}).values())}
         scores = {id(heads.scores) for heads in self.parts.heads.values()}
         for path, module in self.model.named_modules():
@@ -157,6 +162,9 @@ class Largest:
         largest = max(-low, high)
         if not math.isfinite(low) or not math.isfinite(high):
             at = "outside the layers" if layer is None else f"layer {layer}"
+            if site == "weight":
+                told = "measure it in float32" if self.dtype != "float32" else "restore the model's files"
+                raise ValueError(f"{at} ({path}) has a weight that is NaN or infinite in {self.dtype}: {told}")
             raise ValueError(
                 f"{at} ({path}, {site}) gives NaN or infinity in {self.dtype} on this text: {remedy(self.dtype)}"
             )

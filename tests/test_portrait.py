@@ -181,6 +181,16 @@ def test_logits_count_as_what_the_head_gives() -> None:
     assert (overflow["site"], overflow["place"]) == ("linear-output", "lm_head")
 
 
+def test_weights_that_float16_cannot_hold_count_though_nothing_large_passes() -> None:
+    model = planted()
+    model.model.layers[2].mlp.down_proj.weight.data[3, 4] = 7e4
+    model.model.layers[2].mlp.up_proj.weight.data[4] = 0.0
+    overflow = portrait(given(model), [USUAL], LENGTH, 1)["overflow"]
+    assert (overflow["site"], overflow["layer"], overflow["place"]) == ("weight", 2, "model.layers.2.mlp.down_proj")
+    assert not overflow["float16"]["fits"]
+    assert overflow["sites"]["residual"]["largest"] == VALUE
+
+
 def test_later_keys_are_no_scores() -> None:
     """The keys behind a query may be as large as they like: nobody looks at them."""
     late = USUAL[:-1].replace("Z", "D") + "Z"

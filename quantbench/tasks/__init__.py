@@ -63,7 +63,7 @@ class Data(ABC):
         """
 
     def bytes_of(self, ids: Ids) -> int | None:
-        """How many UTF-8 bytes of text the ids stand for (special tokens: 0); None where they are no text."""
+        """How many UTF-8 bytes of text the ids stand for (special tokens: 0); None: they are none, or nobody knows."""
         return None
 
     def figures(self, ids_BT: Ids, nll_BT: NDArray[np.float32]) -> dict[str, float]:
