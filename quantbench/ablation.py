@@ -60,7 +60,7 @@ def ablate(
     """
     from quantbench.anatomy import SUBLAYERS, anatomy
     from quantbench.interventions import Relay, silenced, windows_of
-    from quantbench.trace import full_precision, hooked
+    from quantbench.trace import full_precision, hooked, remedy
 
     started = time.perf_counter()
     parts = anatomy(given.model)
@@ -78,8 +78,7 @@ def ablate(
         with full_precision(given.model), hooked(whole.wires(0)):
             before.append(_loss(Relay(given.model, parts, ids_T[None]).losses()))
     if not all(map(math.isfinite, before)):
-        raise ValueError(f"the model gives NaN or infinity in {given.about['dtype']}: measure it in float32, or take "
-                         "shorter windows (--length)")  # fmt: skip
+        raise ValueError(f"the model gives NaN or infinity in {given.about['dtype']}: {remedy(given.about['dtype'])}")
     sink, peak = whole.sink(), whole.peak()
 
     courses = {target: _Course(parts) for target in targets}

@@ -7,11 +7,17 @@ Taking the anatomy of a model of transformers leaves its function as it is, to t
 attention gets sites (heads.py), the first block one at its entrance, and GPT-2's Conv1Ds become Linears. The sum after
 the attention, before the MLP, passes no module of theirs: `residual` is there the output of each block alone.
 
+What takes a module's place (`replace`) computes what that module's class is known to compute. So whoever replaces one,
+or reads its weights as all that it does, first asks `check_plain`: a subclass whose forward does more (LoRA, a scale),
+a forward of the instance's own and a hook are refused in one line, since they would be lost without a word.
+
 Shapes: B sequences, T tokens, D residual features, H query heads, E features of a head.
 """
 
+import itertools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+from dataclasses import replace as changed
 from typing import Any
 
 import torch
@@ -50,7 +56,12 @@ class Heads:
     output: nn.Linear  # W_O: its columns h*E..(h+1)*E are those of head h
 
     def output_HED(self, heads: int) -> Tensor:
-        """W_O as what each head multiplies its values by, where the layer computes."""
+        """W_O as what each head multiplies its values by, where the layer computes.
+
+        ValueError where W_O does more than multiply by its weights.
+        """
+        if more := _own_forward(self.output, nn.Linear):
+            raise ValueError(f"the attention's output projection {more}: its weights alone do not say what it adds")
         if self.output.weight.is_meta:  # accelerate keeps it elsewhere, and brings it for a pass
             from accelerate.utils import align_module_device
 
@@ -133,7 +144,7 @@ class Architecture:
 
 LLAMA = Architecture()
 BEHIND = ("post_attention_layernorm", "post_feedforward_layernorm")
-GEMMA = replace(
+GEMMA = changed(
     LLAMA,
     reads={
         "input_layernorm": LLAMA.reads["input_layernorm"],
@@ -149,7 +160,7 @@ ARCHITECTURES = {  # a config's model_type -> what is known of it
     "qwen3": LLAMA,
     "smollm3": LLAMA,
     "olmo": LLAMA,
-    "olmo2": replace(LLAMA, reads={}, behind=True, joins=BEHIND),
+    "olmo2": changed(LLAMA, reads={}, behind=True, joins=BEHIND),
     "gemma2": GEMMA,
     "gemma3_text": GEMMA,
     "gpt_oss": LLAMA,  # its experts are no Linears, so that nobody knows who reads and writes the stream
@@ -212,8 +223,28 @@ def anatomy(model: Any) -> Anatomy:
 
 def device_of(model: nn.Module) -> torch.device:
     """Where ids go to. Of a model that accelerate spreads over devices, its first part takes them from there."""
-    there = (p.device for p in model.parameters() if not p.is_meta)
+    there = (p.device for p in itertools.chain(model.parameters(), model.buffers()) if not p.is_meta)
     return next(there, torch.device("cpu"))
+
+
+def check_ids(model: Any, ids: Any, whose: str) -> None:
+    """ValueError, one line, where one of the ids (a list, array or tensor) has no row in the model's table.
+
+    A table may have more rows than the vocabulary has tokens; ids beyond it, or below 0, are another vocabulary's.
+    """
+    decoder: Any = model.inner if isinstance(model, Prefixed) else model
+    kind = decoder.config.model_type
+    check_known(kind)
+    table = decoder.embed if kind == "quantbench" else _at(decoder, ARCHITECTURES[kind].table)
+    found = torch.as_tensor(ids)
+    if not found.numel():
+        return
+    for number in (int(found.min()), int(found.max())):
+        if not 0 <= number < table.num_embeddings:
+            raise ValueError(
+                f"{whose}: token id {number:,} is none of this model, whose table has {table.num_embeddings:,} rows: "
+                "ids of another vocabulary mean nothing to it; give it its own tokenizer"
+            )
 
 
 def check_known(kind: str) -> None:
@@ -264,7 +295,7 @@ def _theirs(model: Any, kind: str, known: Architecture) -> Anatomy:
         raise ValueError(f"{type(model).__name__} has no {' and no '.join(missing)}, where a {kind!r} model keeps it")
     blocks, table, head = list(wanted[known.blocks]), wanted[known.table], wanted[known.head]
     if getattr(model.config, "do_layer_norm_before", True) is False:  # OPT-350m
-        known = replace(known, reads={}, behind=True)
+        known = changed(known, reads={}, behind=True)
     if known.conv1d:
         _conv1d_to_linear(blocks)
     places = {"residual": {"residual": ""}}
@@ -341,6 +372,7 @@ def _conv1d_to_linear(blocks: list[Any]) -> None:
                     raise ValueError(
                         "its weights are kept on the CPU or a disk for want of room, which a Conv1D cannot be"
                     )
+                check_plain(path, module, Conv1D)
                 block.set_submodule(path, Transposed(module))
 
 
@@ -403,4 +435,90 @@ def _stream(
         last,
         [modules[path] for layer, modules in numbered for path in (*writers, down) if layer in due[path]],
         [modules[down] for layer, modules in numbered if layer in due[down]],
+    )
+
+
+# --- what may be replaced --------------------------------------------------------------------------------------------
+
+
+def check_plain(place: str, module: nn.Module, base: type[nn.Module]) -> None:
+    """ValueError, one line, where a module computes more than its `base` class: what takes its place would not."""
+    more = _own_forward(module, base)
+    if getattr(getattr(module, "weight", None), "is_meta", False):
+        raise ValueError(f"{place}: its weights are kept on the CPU or a disk for want of room: it cannot be replaced")
+    if more is None and (module._forward_hooks or module._forward_pre_hooks):
+        more = "has a forward hook"
+    if more is not None:
+        raise ValueError(
+            f"{place}: this {base.__name__} {more}, which would be lost where it is replaced: "
+            "merge that into its weights, or remove it"
+        )
+
+
+def _own_forward(module: nn.Module, base: type[nn.Module]) -> str | None:
+    """What a module's forward is, where it is not that of its base class."""
+    kind, own = type(module), vars(module).get("forward")
+    hook = vars(module).get("_hf_hook")  # accelerate's, which brings inputs and weights together, is no part of it
+    moved = type(hook).__name__ == "AlignDevicesHook" and getattr(module, "_old_forward", None) is not None
+    if own is not None and not (moved and getattr(module._old_forward, "__func__", None) is kind.forward):
+        return "has a forward of its own"
+    if kind.forward is not base.forward or kind.__call__ is not nn.Module.__call__:
+        return f"is a {kind.__name__} with a forward of its own"
+    if getattr(module, "max_norm", None) is not None:
+        return "shrinks the rows that it looks up (max_norm)"
+    return None
+
+
+def scale_of_table(table: Any) -> Tensor | None:
+    """What a table of tokens multiplies its rows by, as Gemma's do (embed_scale); None: nothing.
+
+    ValueError where it does anything else with them.
+    """
+    scale = getattr(table, "embed_scale", None)
+    if isinstance(scale, Tensor) and type(table).forward is not nn.Embedding.forward:
+        bare = table.max_norm is None and not (
+            vars(table).keys() & {"forward"} or table._forward_hooks or table._forward_pre_hooks
+        )
+        rows = {0, 1, table.num_embeddings - 1, table.padding_idx or 0} & set(range(table.num_embeddings))
+        ids = torch.tensor(sorted(rows), device=table.weight.device)
+        with torch.no_grad():  # that it scales, and does no more, is known by a name alone: so it is asked
+            if bare and torch.equal(table(ids), table.weight[ids] * scale.to(table.weight.dtype)):
+                return scale.detach().clone()
+    check_plain("embeddings", table, nn.Embedding)
+    return None
+
+
+def replace(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
+    """Puts a module wherever another one is, by identity; a library that initialises what it finds leaves it alone."""
+    paths = [path for path, module in model.named_modules(remove_duplicate=False) if module is old]
+    for module in new.modules():
+        module._is_hf_initialized = True  # type: ignore[assignment]
+    for path in paths:
+        model.set_submodule(path, new)
+
+
+def untie(model: Any) -> None:
+    """From now on table and head are two, and no library ties them again: lm-eval asks every model to tie its weights.
+
+    To be called where one of them is replaced, or is to be changed alone.
+    """
+    parts = anatomy(model)
+    if getattr(parts.head, "weight", None) is getattr(parts.table, "weight", None):
+        parts.head.weight = nn.Parameter(parts.head.weight.detach().clone(), parts.head.weight.requires_grad)
+    decoder = model.inner if isinstance(model, Prefixed) else model
+    decoder.config.tie_word_embeddings = False
+    decoder.all_tied_weights_keys = {}
+
+
+def bar_saving(model: Any) -> None:
+    """From now on the model refuses `save_pretrained`: `from_pretrained` would read its integers as weights."""
+    decoder = model.inner if isinstance(model, Prefixed) else model
+    if hasattr(decoder, "save_pretrained"):
+        decoder.save_pretrained = _refuse_to_save
+
+
+def _refuse_to_save(*args: Any, **kwargs: Any) -> None:
+    raise ValueError(
+        "save_pretrained: this model's parts were replaced, and from_pretrained would load other ones: a quantized "
+        "model of ours is saved by quantbench.packed.save"
     )

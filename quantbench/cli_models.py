@@ -60,9 +60,11 @@ def heads(arguments: argparse.Namespace) -> int:
     from quantbench.dormant import survey
 
     given = _open(arguments)
-    found = {_label(name): _documents([name]) for name in arguments.domains}
-    if len(found) < 2:
-        raise ValueError("--domains: name two or more, such as `--domains wikipedia code`")
+    named = [*dict.fromkeys(arguments.domains)]
+    if len(named) < 2:
+        raise ValueError("--domains: name two different ones or more, such as `--domains wikipedia code`")
+    short = {_label(name) for name in named}
+    found = {_label(name) if len(short) == len(named) else name: _documents([name]) for name in named}
     body = survey(given, {name: texts for name, (texts, _) in found.items()}, arguments.length, arguments.texts,
                   arguments.top, progress())  # fmt: skip
     read = {name: about["digest"] for name, (_, about) in found.items()}
@@ -211,7 +213,9 @@ def add(verb: Verb) -> None:
     finds = _about_a_model(verb("heads", heads), text=False, length=256)
     finds.add_argument("--domains", nargs="+", default=["wikipedia", "code"], metavar="SET",
                        help="sets of text, or text files (default: wikipedia code)")  # fmt: skip
-    finds.add_argument("--texts", type=whole_number(1), default=8, metavar="N", help="of each domain (default: 8)")
+    finds.add_argument(
+        "--texts", type=whole_number(1), default=8, metavar="N", help="windows of each domain (default: 8)"
+    )
     finds.add_argument(
         "--top", type=whole_number(1), default=16, metavar="N", help="heads that are intervened on (default: 16)"
     )

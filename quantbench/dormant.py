@@ -8,8 +8,10 @@ as well without it, and active where zeroing it costs loss. Of every head and do
     zeroed       loss without the head minus loss with it: its columns of the input of W_O are 0
     moved        the same where all of the head's attention stands on the sink: a dormant head is where it was
 
-Means are over texts of a domain, one window each, of different documents; losses are paired by text; limits are those
-of Student's t at 95%, head by head, not adjusted for how many heads are looked at. A head is
+Means are over texts of a domain, one window each, of different documents; a domain of one document, as a text file is,
+gives windows that do not overlap and are spread evenly over it. Losses are paired by text; limits are those of
+Student's t at 95%, head by head, not adjusted for how many heads are looked at. Over windows of one document they speak
+of that document alone: these are more alike than documents are. A head is
 
     dormant      in a domain where its attention is above PARKED and the limits of `zeroed` lie within +-NEGLIGIBLE
     active       where it is not dormant and the limits of `zeroed` lie above 0
@@ -43,6 +45,7 @@ Say = Callable[[str, int, int, str], None]
 Head = tuple[int, int]  # layer, number in it
 
 FIRST = 32  # queries before it see few other keys, so that the sink draws much of them in every head
+SHORTEST = FIRST + 4  # tokens of a window
 PARKED = 0.5  # attention
 NEGLIGIBLE = 0.01  # nats per token
 INTERVENTIONS = ("zeroed", "moved")
@@ -56,30 +59,32 @@ def survey(
 ) -> Body:
     """The body of a record, fit for JSON; `run` in it are the facts of this run.
 
-    `texts` windows of `length` tokens of each domain, or as many as it has documents so long. ValueError where that is
-    fewer than two, for windows in which no query counts, and where the model shows no heads or gives no numbers.
+    `texts` (2 or more) windows of `length` tokens of each domain, or as many as it has documents so long; of one
+    document, as many as it has. ValueError where that is fewer than two, for windows in which no query counts, and
+    where the model shows no heads or gives no numbers.
     """
     from quantbench.anatomy import anatomy
-    from quantbench.interventions import windows_of
 
     started = time.perf_counter()
     assert len(domains) > 1
+    assert texts > 1
     parts = anatomy(given.model)
     if not parts.heads:
         raise ValueError("this model shows nothing of its attention: its heads cannot be told apart")
-    if length < FIRST + 4:
-        raise ValueError(
-            f"--length {length}: attention counts from query {FIRST} on: take windows of {FIRST + 4} or more"
-        )
+    most = parts.room or getattr(given.model.config, "max_position_embeddings", None)
+    if most is not None and most < SHORTEST:
+        raise ValueError(f"this model has positions for {most} tokens: its heads cannot be told apart, of which "
+                         f"attention counts from query {FIRST} on")  # fmt: skip
+    if length < SHORTEST:
+        raise ValueError(f"--length {length}: attention counts from query {FIRST} on: take windows of {SHORTEST} or "
+                         "more")  # fmt: skip
     read: dict[str, list[Tensor]] = {}
+    of: dict[str, int] = {}
     for name, documents in domains.items():
         try:
-            read[name] = windows_of(given, documents, length, texts, parts.room, each=1)
+            read[name], of[name] = _windows(given, documents, length, texts, parts.room)
         except ValueError as error:
             raise ValueError(f"domain {name}: {error}") from None
-        if len(read[name]) < 2:
-            raise ValueError(f"domain {name}: one document has {length} tokens, two are needed for an interval: give "
-                             "more text, or shorter windows (--length)")  # fmt: skip
     seen = _look(given, parts, read, say)
     heads = _candidates({name: found["attention"] for name, found in seen.items()}, top)
     before = {name: found["losses"] for name, found in seen.items()}
@@ -88,9 +93,15 @@ def survey(
     found = [_head(head, seen, changes) for head in heads]
     found.sort(key=lambda at: (not at["contrasts"], -abs(at["difference"]), at["layer"], at["head"]))
     notes = [
-        f"domain {name}: {len(windows)} documents have {length} tokens, {texts} were asked for"
+        f"domain {name}: {len(windows)} {'documents' if of[name] > 1 else 'windows'} have {length} tokens, {texts} "
+        "were asked for"
         for name, windows in read.items()
         if len(windows) < texts
+    ]
+    notes += [
+        f"domain {name}: {len(windows)} windows of one document: limits are of that text"
+        for name, windows in read.items()
+        if of[name] < len(windows)
     ]
     if given.bos is None:
         notes.append("its tokenizer knows no BOS: the sink is the first token of the text")
@@ -106,11 +117,33 @@ def survey(
         "searched-sink": searched,
         "parked": PARKED,
         "negligible": NEGLIGIBLE,
-        "domains": {name: _domain(found, len(read[name])) for name, found in seen.items()},
+        "domains": {name: _domain(found, len(read[name]), of[name]) for name, found in seen.items()},
         "candidates": found,
         "notes": notes,
         "run": {"seconds": round(time.perf_counter() - started, 1)},
     }
+
+
+def _windows(
+    given: "Given", documents: list[str], length: int, texts: int, room: int | None
+) -> "tuple[list[Tensor], int]":
+    """Windows behind BOS, as many as are asked for or there are; and of how many documents.
+
+    The first window of each document; of one document alone, windows that are spread evenly over it.
+    """
+    from quantbench.interventions import windows_of
+
+    first = windows_of(given, documents, length, texts, room, each=1, least=SHORTEST)
+    if len(first) > 1:
+        return first, len(first)
+    every = [ids_T for _, ids_T in given.windows(documents, length)]  # all of one document: the others fill none
+    if len(every) < 2:
+        shorter = ", or shorter windows (--length)" if length > SHORTEST else ""
+        raise ValueError(
+            f"its text fills one window of {length} tokens, two are needed for an interval: give longer text{shorter}"
+        )
+    count = min(texts, len(every))
+    return [every[i * len(every) // count] for i in range(count)], 1
 
 
 def _look(given: "Given", parts: "Anatomy", read: "dict[str, list[Tensor]]", say: Say) -> dict[str, Body]:
@@ -121,7 +154,7 @@ def _look(given: "Given", parts: "Anatomy", read: "dict[str, list[Tensor]]", say
     from quantbench.interventions import losses
     from quantbench.metrics import LayerMean
     from quantbench.metrics.sink_rate import EPSILON, received, searched
-    from quantbench.trace import full_precision, hooked
+    from quantbench.trace import full_precision, hooked, remedy
 
     hits, alphas = LayerMean(), LayerMean()  # over all domains
     count, done = sum(map(len, read.values())), 0
@@ -145,8 +178,8 @@ def _look(given: "Given", parts: "Anatomy", read: "dict[str, list[Tensor]]", say
                 (loss,) = losses(given.model(ids_BT).logits, ids_BT).tolist()
             attention = [layers.get(layer, []) for layer in range(len(parts.blocks))]
             if not math.isfinite(loss) or not all(math.isfinite(x) for x in itertools.chain(*attention)):
-                raise ValueError(f"domain {name}: the model gives NaN or infinity in {given.about['dtype']}: measure "
-                                 "it in float32, or take shorter windows (--length)")  # fmt: skip
+                dtype = given.about["dtype"]
+                raise ValueError(f"domain {name}: the model gives NaN or infinity in {dtype}: {remedy(dtype)}")
             found[name]["losses"].append(loss)
             found[name]["attention"].append(attention)
             done += 1
@@ -247,7 +280,7 @@ def verdict(attention: float, zeroed: Body) -> str:
     return "active" if zeroed["low"] > 0 else "undecided"
 
 
-def _domain(found: Body, texts: int) -> Body:
+def _domain(found: Body, texts: int, documents: int) -> Body:
     """The loss of a domain, and the mean and limits of every head's attention, [layer][head]."""
     layers = found["attention"][0]
     intervals = [
@@ -255,7 +288,8 @@ def _domain(found: Body, texts: int) -> Body:
         for layer in range(len(layers))
     ]
     attention = {key: [[round(at[key], 6) for at in heads] for heads in intervals] for key in ("mean", "low", "high")}
-    return {"texts": texts, "loss": _interval(found["losses"]), "attention": attention}
+    several = {"documents": documents} if documents < texts else {}
+    return {"texts": texts, **several, "loss": _interval(found["losses"]), "attention": attention}
 
 
 def _interval(values: list[float]) -> Body:
@@ -309,9 +343,10 @@ def pictures(record: Body) -> dict[str, bytes]:
 
 def _heading(record: Body) -> str:
     counts = ", ".join(f"{found['texts']} of {name}" for name, found in record["domains"].items())
+    different = "" if any("documents" in found for found in record["domains"].values()) else " of different documents"
     searched = record["searched-sink"]
     return (
-        f"Heads: windows of {record['length']} tokens of different documents ({counts}); sink: position "
+        f"Heads: windows of {record['length']} tokens{different} ({counts}); sink: position "
         f"{record['sink']} (found by search: {NOTHING if searched is None else searched})"
     )
 

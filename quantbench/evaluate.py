@@ -2,7 +2,8 @@
 
 Every sequence is one window of the track's length that begins with BOS, scored whole in one pass: window = stride =
 length, so each held-out token counts once. Damage is the quantized minus the model's own full-precision loss; KL is
-of the full-precision distribution to the quantized one; both are means over tokens.
+of the full-precision distribution to the quantized one; both are means over tokens. Bits per byte divide by the UTF-8
+bytes of text that the predicted tokens stand for, however a window cuts it (tokenbytes.py).
 
 Shapes: B sequences of a batch, N all held-out sequences, T positions, V vocabulary.
 """
@@ -19,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from quantbench.anatomy import device_of
+from quantbench.anatomy import check_ids, device_of
 from quantbench.calibration import Calibration
 from quantbench.mitigations import Mitigation, fold_projection
 from quantbench.quantizers import Quantizer
@@ -55,6 +56,8 @@ class Reference:
         self.calibration = list(
             torch.from_numpy(calibration_NT)[:, :-1].to(self.device).split(min(CALIBRATION_BATCH, self.batch))
         )
+        for whose, ids in (("held-out sequences", self.ids_NT), ("calibration sequences", calibration_NT)):
+            check_ids(self.model, ids, whose)
         self._kept: dict[int, Tensor] = {}
         fold_projection(self.model)
         self.prepared = self.mitigation.prepare(

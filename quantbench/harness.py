@@ -25,7 +25,7 @@ import torch
 from torch import nn
 
 from quantbench import corpora
-from quantbench.anatomy import device_of
+from quantbench.anatomy import Prefixed, anatomy, check_ids, device_of
 from quantbench.evaluate import BATCH, Figures, Reference, log_probabilities, nll
 
 CHOICES = 4  # of a question of our own
@@ -174,9 +174,12 @@ def _lm(model: Any, tokenizer: Any, bos: int | None, length: int | None) -> Any:
     class Behind(HFLM):  # type: ignore[misc]
         def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
             if bos is None:
-                return list(super().tok_encode(string, add_special_tokens, **kwargs))
-            front = [] if add_special_tokens is False else [bos]
-            return front + list(self.tokenizer.encode(string, add_special_tokens=False))
+                ids = list(super().tok_encode(string, add_special_tokens, **kwargs))
+            else:
+                ids = [] if add_special_tokens is False else [bos]
+                ids += self.tokenizer.encode(string, add_special_tokens=False)
+            check_ids(self.model, ids, "lm-eval")
+            return ids
 
         def _loglikelihood_tokens(self, requests: Any, *args: Any, **kwargs: Any) -> Any:
             self.most = max((len(continuation) for _, _, continuation in requests), default=0)
@@ -193,10 +196,25 @@ def _lm(model: Any, tokenizer: Any, bos: int | None, length: int | None) -> Any:
 
     config = getattr(model, "config", None)
     longest = length or min(2048, getattr(config, "max_position_embeddings", None) or 2048)
-    return Behind(
+    before = _short_pass(model, bos)
+    taken = Behind(
         pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=BATCH,
         max_length=longest, device=str(device_of(model)), prefix_token_id=bos,
     )  # fmt: skip
+    if not torch.equal(_short_pass(model, bos), before):
+        raise ValueError("lm-eval changed the model that it was given, so that its figures would be another model's: "
+                         "leave evaluate.lm-eval out, or give the model untied")  # fmt: skip
+    return taken
+
+
+@torch.no_grad()
+def _short_pass(model: Any, bos: int | None) -> torch.Tensor:
+    """The logits of a few tokens, NaN as 0."""
+    first = int(model.prefix_R[0]) if isinstance(model, Prefixed) else bos or 0
+    rows = anatomy(model).table.num_embeddings
+    ids = [first, *(number % rows for number in (1, 2, 3, 5, 8, 13))]
+    logits: torch.Tensor = model.eval()(torch.tensor([ids], device=device_of(model))).logits
+    return logits.nan_to_num()
 
 
 def _evaluate(lm: Any, tasks: dict[str, Any], samples: dict[str, list[int]] | None = None) -> dict[str, Any]:
@@ -242,6 +260,7 @@ def passage_bits(model: nn.Module, encoded: list[list[int]], passages: list[dict
     total = 0.0
     for ids in encoded:
         ids_BT = torch.tensor([[bos, *ids]], device=device_of(model))
+        check_ids(model, ids_BT, "passages of lm-eval")
         total += float(nll(log_probabilities(model, ids_BT), ids_BT).double().sum())
     return total / math.log(2) / sum(len(p["text"].encode()) for p in passages)
 

@@ -27,8 +27,23 @@ if TYPE_CHECKING:
 # --- text ------------------------------------------------------------------------------------------------------------
 
 
+SHORTEST = 4  # tokens of a window, as the verbs take it
+
+
+def too_short(length: int, least: int = SHORTEST) -> str:
+    """That no text fills a window, and what helps; `least`: tokens that a window must have."""
+    remedy = ", or shorter windows (--length)" if length > least else ""
+    return f"no document has {length} tokens: give longer text{remedy}"
+
+
 def windows_of(
-    given: "Given", documents: Sequence[str], length: int, count: int, room: int | None, each: int | None = None
+    given: "Given",
+    documents: Sequence[str],
+    length: int,
+    count: int,
+    room: int | None,
+    each: int | None = None,
+    least: int = SHORTEST,
 ) -> list[Tensor]:
     """Ids [T] of `count` windows behind BOS, or as many as there are: the first of each document, then more of each.
 
@@ -52,7 +67,7 @@ def windows_of(
             break
         going, rounds = left, rounds + 1
     if not found:
-        raise ValueError(f"no document has {length} tokens: give more text, or shorter windows (--length)")
+        raise ValueError(too_short(length, least))
     return found
 
 

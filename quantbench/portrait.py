@@ -9,8 +9,10 @@ or without it where the model has none.
     residual peak   that norm over the median token's, mean over windows; the largest over blocks (residual_peak.py)
     sink            the position k <= T/2 at which most heads put more than .3 of their attention (sink_rate.py); drain
                     (value_drain.py), delta logit (delta_logit.py) and attention are given for it, it need not be BOS
+    bits per byte   the loss over the bytes of the tokens that were predicted, as they stand in the text (tokenbytes.py)
     extreme         a token whose norm exceeds 3 x the median of its window after the block of the peak
-    overflow        the largest |x| of all that passes: residual stream, inputs and outputs of Linears, norms, scores
+    overflow        the largest |x| of all that passes: residual stream, inputs and outputs of norms (what enters one
+                    shows the sum after the attention) and of Linears, the head's among them, scores; and of weights
 
 Layers and positions are counted from 0.
 """
@@ -80,6 +82,8 @@ def portrait(given: "Given", documents: list[str], length: int, windows: int, sa
                      "known")  # fmt: skip
     if given.bos is None:
         notes.append("its tokenizer knows no BOS: all is measured without")
+    if text.scored_bytes is None:
+        notes.append("its tokenizer does not say where in a text its tokens stand: bits per byte are not known")
     if found < windows:
         notes.append(f"the text has {found} windows of {length} tokens, {windows} were asked for")
     return {
@@ -104,6 +108,7 @@ class _Text:
     texts: list[str]
     length: int
     shares: list[int]  # how many of the first windows of each text
+    scored_bytes: int | None  # of the text of all tokens that are predicted: all but the first of each window
 
     def __iter__(self) -> "Iterator[Tensor]":
         """Their ids [T]. Never more than a document at once is held."""
@@ -126,6 +131,8 @@ class _Text:
 
 def _text_of(given: "Given", texts: list[str], length: int, windows: int, room: int | None) -> _Text:
     """As many of the windows asked for as there are, of as many documents as it can be."""
+    from quantbench.interventions import too_short
+
     assert windows > 0
     given.check_length(length, room)
     if length < 2:
@@ -136,12 +143,26 @@ def _text_of(given: "Given", texts: list[str], length: int, windows: int, room: 
         if sum(map(bool, there)) == windows:
             break
     if not any(there):
-        raise ValueError(f"no document has {length} tokens: give more text, or shorter windows (--length)")
+        raise ValueError(too_short(length))
     shares = [0] * len(there)
     while (left := min(windows, sum(there)) - sum(shares)) > 0:
         for number in [n for n, count in enumerate(there) if shares[n] < count][:left]:
             shares[number] += 1
-    return _Text(given, texts, length, shares)
+    return _Text(given, texts, length, shares, _scored_bytes(given, texts, length, shares))
+
+
+def _scored_bytes(given: "Given", texts: list[str], length: int, shares: list[int]) -> int | None:
+    from quantbench.tokenbytes import bytes_up_to
+
+    total = 0
+    for text, share in zip(texts, shares, strict=False):
+        if not share:
+            continue
+        _, up_to = bytes_up_to(given.tokenizer, text, split_special_tokens=True)  # as `Given.encode` reads it
+        if up_to is None:
+            return None
+        total += sum(int(up_to[(n + 1) * length] - up_to[n * length + 1]) for n in range(share))
+    return total
 
 
 def _batch(given: "Given", length: int) -> int:
@@ -172,15 +193,14 @@ def _measured(
     metrics: dict[str, Metric] = {n: kind() for n, kind in kinds.items() if parts.heads or n not in inside}
     carriers, loss = Carriers(), Loss()
     largest = Largest(given.model, parts, given.about["dtype"])
-    seen = scored_bytes = 0
+    seen = 0
 
     def passing() -> "Iterator[Tensor]":
-        nonlocal seen, scored_bytes
+        nonlocal seen
         for ids_BT in text.batches(bos):
             told(seen)
             yield ids_BT
             seen += len(ids_BT)
-            scored_bytes += _bytes(given, ids_BT[:, 1:])
 
     with hooked(largest.wires()), loss.of(given.model):
         observe(given.model, passing(), [*metrics.values(), carriers], parts)
@@ -195,7 +215,7 @@ def _measured(
     side: Body = {
         "loss": _finite(mean),
         "perplexity": _finite(math.exp(mean)) if mean < 700 else None,
-        "bits-per-byte": _finite(loss.total / math.log(2) / scored_bytes) if scored_bytes else None,
+        "bits-per-byte": _finite(loss.total / math.log(2) / text.scored_bytes) if text.scored_bytes else None,
         "tokens": loss.tokens,
         **{name: readings[name].value if name in readings else None for name in HEADLINES},
         "layer": peak,
@@ -341,12 +361,6 @@ def _as_in_records(reading: "Reading | None") -> Body:
         return {"value": None, "per-layer": [], "extra": {}}
     extra = {name: _finite(number) for name, number in reading.extra.items()}
     return {"value": _finite(reading.value), "per-layer": [_finite(x) for x in reading.per_layer], "extra": extra}
-
-
-def _bytes(given: "Given", ids_BT: "Tensor") -> int:
-    """UTF-8 bytes of the text that ids stand for. A token may hold part of a character: of whole windows."""
-    texts = given.tokenizer.batch_decode(ids_BT.tolist(), skip_special_tokens=True, clean_up_tokenization_spaces=False)
-    return sum(len(text.encode()) for text in texts)
 
 
 def _token(given: "Given", token: int) -> Body:

@@ -109,13 +109,20 @@ class Given:
             raise ValueError(f"--length {length}: this model has positions for {most:,} tokens: take shorter windows")
 
     def windows(self, documents: Iterable[str], length: int, bos: bool = True) -> Iterator[tuple[int, Any]]:
-        """(number of the document, ids [length]), each behind BOS with `bos`; what fills no window is left out."""
+        """(number of the document, ids [length]), each behind BOS with `bos`; what fills no window is left out.
+
+        ValueError where the tokenizer gives ids that the model does not know.
+        """
         import torch
 
+        from quantbench.anatomy import check_ids
+
+        check_ids(self.model, [] if self.bos is None else [self.bos], "BOS")
         front = [self.bos] if bos and self.bos is not None else []
         step = length - len(front)
         for number, text in enumerate(documents):
             ids = self.encode(text)
+            check_ids(self.model, ids, "its tokenizer")
             for start in range(0, len(ids) - step + 1, step):
                 yield number, torch.tensor([*front, *ids[start : start + step]])
 
@@ -199,8 +206,9 @@ def _probe(given: Given, name: str, dtype: str) -> None:
     """ValueError where a short pass gives no numbers."""
     import torch
 
-    from quantbench.anatomy import device_of
+    from quantbench.anatomy import check_ids, device_of
 
+    check_ids(given.model, [] if given.bos is None else [given.bos], f"{name}: BOS")
     vocab = given.model.get_input_embeddings().num_embeddings
     ids = torch.arange(1, PROBE + 1) * 7919 % min(vocab, len(given.tokenizer))
     if given.bos is not None:

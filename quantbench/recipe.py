@@ -159,6 +159,11 @@ class Track:
     def check_entries(self) -> None:
         """ValueError where task, model and quantizers do not fit one another: told before hours of pretraining."""
         task = catalog.entry_name("tasks", self.task)
+        if self.pretrained and not self.task.reads_with_a_model:  # type: ignore[attr-defined]
+            raise KeyedError(
+                "'task' makes ids of its own, which mean nothing to a model that is 'pretrained': take `passages`",
+                "task",
+            )
         if self.pretrained:
             at = strict.place(self.pretrained)
             if at.startswith((".", "/")) and not Path(at).exists():

@@ -105,6 +105,11 @@ def full_precision(model: nn.Module) -> Iterator[None]:
             config.use_cache = cache
 
 
+def remedy(dtype: str) -> str:
+    """What to do about a model that gives NaN or infinity in a dtype."""
+    return "measure it in float32" if dtype != "float32" else "take shorter windows (--length)"
+
+
 @contextmanager
 def hooked(wires: Iterable[tuple[nn.Module, Watcher, bool]]) -> Iterator[None]:
     """Within it, (module, watcher, input?) are wired: a watcher gets the module's first input or its output."""

@@ -22,10 +22,12 @@ from torch import Tensor, nn
 from quantbench.anatomy import Anatomy
 from quantbench.calibration import EXTREME, Exemption, learned_keys, what_counts
 from quantbench.metrics import Activations, LayerMean, Metric, median
-from quantbench.trace import Watcher, token_losses
+from quantbench.trace import Watcher, remedy, token_losses
 
 LEARNED = -1  # stands for the id of a learned token in front of a sequence, which has none
-SITES = ("embedding", "residual", "norm", "linear-input", "linear-output", "scores")  # at which a largest is sought
+# At which a largest is sought. What enters a norm shows the sum after the attention, which passes no module of theirs.
+# Weights do not pass, but a dtype must hold them, too.
+SITES = ("embedding", "residual", "norm-input", "norm", "linear-input", "linear-output", "scores", "weight")
 
 
 @dataclass
@@ -130,13 +132,17 @@ class Largest:
     def wires(self) -> Iterator[tuple[nn.Module, Watcher, bool]]:
         """For `trace.hooked`."""
         layers = {id(m): layer for layer, block in enumerate(self.parts.blocks) for m in block.modules()}
-        blocks = set(map(id, self.parts.blocks))
+        for path, module in self.model.named_modules():
+            for weight in module.parameters(recurse=False):
+                if not weight.is_meta and weight.numel():  # accelerate keeps some elsewhere
+                    self._see(path, layers.get(id(module)), "weight", weight.detach())
+        residual = {id(m) for m in (*self.parts.blocks, *self.parts.places.get("residual", {}).values())}
         scores = {id(heads.scores) for heads in self.parts.heads.values()}
         for path, module in self.model.named_modules():
             see = partial(self._see, path, layers.get(id(module)))
             if module is self.parts.embedding:
                 yield module, partial(see, "embedding"), False
-            elif id(module) in blocks:
+            elif id(module) in residual:
                 yield module, partial(see, "residual"), False
             elif id(module) in scores:
                 yield module, partial(self._see_scores, see, learned_keys(module)), False
@@ -144,6 +150,7 @@ class Largest:
                 yield module, partial(see, "linear-input"), True
                 yield module, partial(see, "linear-output"), False
             elif "norm" in type(module).__name__.lower():
+                yield module, partial(see, "norm-input"), True
                 yield module, partial(see, "norm"), False
 
     def _see_scores(self, see: Any, appended: int, scores_BHTS: Tensor) -> None:
@@ -155,8 +162,12 @@ class Largest:
         largest = max(-low, high)
         if not math.isfinite(low) or not math.isfinite(high):
             at = "outside the layers" if layer is None else f"layer {layer}"
-            remedy = "measure it in float32" if self.dtype != "float32" else "take shorter windows (--length)"
-            raise ValueError(f"{at} ({path}, {site}) gives NaN or infinity in {self.dtype} on this text: {remedy}")
+            if site == "weight":
+                told = "measure it in float32" if self.dtype != "float32" else "restore the model's files"
+                raise ValueError(f"{at} ({path}) has a weight that is NaN or infinite in {self.dtype}: {told}")
+            raise ValueError(
+                f"{at} ({path}, {site}) gives NaN or infinity in {self.dtype} on this text: {remedy(self.dtype)}"
+            )
         if site not in self.found or largest > self.found[site][0]:
             self.found[site] = (largest, path, layer)
 

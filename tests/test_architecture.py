@@ -40,7 +40,7 @@ LAYERS = [
     ["catalog"],
     ["tasks", "mitigations", "quantizers", "metrics"],
     ["pretrained"],
-    ["corpora"],
+    ["corpora", "tokenbytes"],
     ["wheels"],
     ["attention"],
     ["calibration"],

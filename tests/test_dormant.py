@@ -303,13 +303,51 @@ def test_no_bos_and_a_sink_elsewhere_are_told() -> None:
         (DOMAINS, 20, "--length 20: attention counts from query 32 on"),
         (DOMAINS, 300, "domain prose: --length 300: this model has positions for 256"),
         (DOMAINS | {"short": ["cat"]}, LENGTH, "domain short: no document has 48 tokens"),
-        (DOMAINS | {"one": PROSE[:1]}, LENGTH, "domain one: one document has 48 tokens"),
+        (DOMAINS | {"one": PROSE[0:1]}, 90, "domain one: its text fills one window of 90 tokens, two are needed"),
     ],
 )
 def test_texts_that_do_not_suffice_are_refused(domains: dict[str, list[str]], length: int, message: str) -> None:
     with pytest.raises(ValueError, match=message) as told:
-        survey(given(model_of("llama")), domains, length, 3, 1)
+        survey(given(model_of("llama")), {"one" if "one" in domains else "prose": PROSE} | domains, length, 3, 1)
     assert "\n" not in str(told.value)
+
+
+@pytest.mark.parametrize(("words", "shortest"), [(["cat"], 36), (PROSE[0].split()[:40], 36)])
+def test_shorter_windows_are_advised_where_they_can_be_had(words: list[str], shortest: int) -> None:
+    for length, advised in ((shortest, False), (shortest + 1, True)):
+        with pytest.raises(ValueError, match="give longer text") as told:
+            survey(given(model_of("llama")), {"short": [" ".join(words)], "prose": PROSE}, length, 2, 1)
+        assert ("shorter windows" in str(told.value)) is advised
+
+
+def test_a_model_of_few_positions_is_told_that_no_length_will_do() -> None:
+    with pytest.raises(ValueError, match="this model has positions for 32 tokens: its heads cannot be told apart"):
+        survey(given(model_of("llama", max_position_embeddings=32)), DOMAINS, 36, 3, 1)
+
+
+def test_a_long_document_gives_windows_that_are_spread_over_it() -> None:
+    """One text of 12 windows, of which 3 are asked for; a second domain has documents enough."""
+    model = given(shaken("llama"))
+    whole = " ".join(PROSE * 2)
+    windows = [ids_T for _, ids_T in model.windows([whole], LENGTH)]
+    assert len(windows) >= 12
+    body = survey(model, {"file": [whole], "prose": PROSE}, LENGTH, 3, 1)
+    chosen = [windows[i * len(windows) // 3] for i in range(3)]
+    assert len({tuple(ids_T.tolist()) for ids_T in chosen}) == 3
+    assert body["domains"]["file"]["loss"]["mean"] == pytest.approx(sum(loss(model.model, x) for x in chosen) / 3, 1e-5)
+    assert (body["domains"]["file"]["texts"], body["domains"]["file"]["documents"]) == (3, 1)
+    assert "documents" not in body["domains"]["prose"]
+    (note,) = [note for note in body["notes"] if note.startswith("domain file")]
+    assert note == "domain file: 3 windows of one document: limits are of that text"
+    (title, _), *_ = tables(body)
+    assert "windows of 48 tokens (3 of file, 3 of prose)" in title
+
+
+def test_a_document_that_is_too_short_for_all_texts_gives_what_it_has() -> None:
+    body = survey(given(model_of("llama")), {"file": ["cat", PROSE[0]], "prose": PROSE}, 40, 9, 1)
+    assert [found["texts"] for found in body["domains"].values()] == [2, 4]
+    assert any("domain file: 2 windows have 40 tokens, 9 were asked for" in note for note in body["notes"])
+    assert any("domain prose: 4 documents have 40 tokens, 9 were asked for" in note for note in body["notes"])
 
 
 def test_a_model_that_hides_its_attention_is_refused() -> None:

@@ -145,6 +145,28 @@ def test_a_window_is_bos_and_the_beginning_of_a_document_of_its_own(llama: Path)
         window = row[1:].tolist()
         assert any(window == ids[i : i + LENGTH] for ids in kept for i in range(0, len(ids), LENGTH))
     assert data.bytes_of(held_out[:, 1:]) == sum(len(tokenizer.decode(row[1:].tolist()).encode()) for row in held_out)
+    assert data.bytes_of(held_out) is None  # no windows of its documents
+
+
+@pytest.mark.parametrize("length", [5, 16, 64])
+def test_bytes_are_those_of_the_tokens_and_not_of_half_characters(length: int, llama: Path) -> None:
+    """Of a character of three bytes each byte is a token, in a tokenizer that has never seen it."""
+    tokenizer, bos, _ = tokenizer_of(str(llama), llama)
+    data = Documents(tokenizer, bos, ["的一是在不了有和人这中大为上个国" * 4] * 8, "0" * 64)
+    held_out = data.held_out(6, length)
+    assert data.bytes_of(held_out[:, 1:]) == 6 * length
+
+
+def test_a_tokenizer_without_offsets_gives_no_bits_per_byte(llama: Path) -> None:
+    class Slow:
+        def __len__(self) -> int:
+            return 320
+
+        def encode(self, text: str, **how: Any) -> list[int]:
+            return list(text.encode())
+
+    data = Documents(Slow(), 0, TEXTS, "0" * 64)
+    assert data.bytes_of(data.held_out(20, LENGTH)[:, 1:]) is None
 
 
 def test_too_few_documents_or_too_short_ones_are_told(llama: Path) -> None:

@@ -157,6 +157,40 @@ def test_every_kind_of_site_is_looked_at() -> None:
     }  # fmt: skip
 
 
+def test_a_sum_that_no_module_gives_is_seen_where_a_norm_reads_it() -> None:
+    """The attention puts a number into the stream, which the MLP takes out again."""
+    model = planted()
+    layer = model.model.layers[1]
+    with torch.no_grad():
+        layer.self_attn.o_proj.weight[9] = 1e6
+        layer.self_attn.v_proj.bias[:] = 1.0
+    seen: list[float] = []
+    layer.post_attention_layernorm.register_forward_pre_hook(lambda m, args: seen.append(float(args[0].abs().max())))
+    layer.register_forward_hook(lambda m, args, y: torch.zeros_like(y))
+    overflow = portrait(given(model), [USUAL], LENGTH, 1)["overflow"]
+    found = overflow["sites"]["norm-input"]
+    assert found["largest"] == max(seen) > 65504
+    assert (found["layer"], found["place"]) == (1, "model.layers.1.post_attention_layernorm")
+    assert not overflow["float16"]["fits"]
+
+
+def test_logits_count_as_what_the_head_gives() -> None:
+    model = planted()
+    model.lm_head.weight.data[7] = 1e6
+    overflow = portrait(given(model), [USUAL], LENGTH, 1)["overflow"]
+    assert (overflow["site"], overflow["place"]) == ("linear-output", "lm_head")
+
+
+def test_weights_that_float16_cannot_hold_count_though_nothing_large_passes() -> None:
+    model = planted()
+    model.model.layers[2].mlp.down_proj.weight.data[3, 4] = 7e4
+    model.model.layers[2].mlp.up_proj.weight.data[4] = 0.0
+    overflow = portrait(given(model), [USUAL], LENGTH, 1)["overflow"]
+    assert (overflow["site"], overflow["layer"], overflow["place"]) == ("weight", 2, "model.layers.2.mlp.down_proj")
+    assert not overflow["float16"]["fits"]
+    assert overflow["sites"]["residual"]["largest"] == VALUE
+
+
 def test_later_keys_are_no_scores() -> None:
     """The keys behind a query may be as large as they like: nobody looks at them."""
     late = USUAL[:-1].replace("Z", "D") + "Z"
@@ -282,6 +316,30 @@ def test_windows_are_spread_over_the_documents(windows: int, expected: str) -> N
 def test_bits_per_byte_by_hand() -> None:
     side = portrait(given(model_of("llama")), [USUAL * 2], LENGTH, 2)["with-bos"]  # a byte a token
     assert side["bits-per-byte"] == pytest.approx(side["loss"] / math.log(2))
+
+
+@pytest.mark.parametrize("length", [4, 7, 16])
+def test_bits_per_byte_of_windows_that_cut_characters(length: int) -> None:
+    """Of characters that the tokenizer never saw each byte is a token."""
+    text = "的一是在不了有和人这中大为上个国" * 8
+    assert len(ids_of(text)) == len(text.encode())
+    body = portrait(given(model_of("llama")), [text], length, 9)
+    for side in (body["with-bos"], body["without-bos"]):
+        assert side["bits-per-byte"] == pytest.approx(side["loss"] / math.log(2))
+
+
+def test_without_offsets_there_are_no_bits_per_byte() -> None:
+    class Slow:
+        def __init__(self) -> None:
+            self.decode = TOKENIZER.decode
+
+        def encode(self, text: str, **how: Any) -> list[int]:
+            return list(TOKENIZER.encode(text, **how))
+
+    body = portrait(Given(model_of("llama"), Slow(), 0, {"name": "tiny", "dtype": "float32"}), [PROSE], 16, 2)
+    assert body["with-bos"]["bits-per-byte"] is None
+    assert any("bits per byte are not known" in note for note in body["notes"])
+    sound(body)
 
 
 # --- models and texts of every kind ---

@@ -280,6 +280,27 @@ def test_the_digest_changes_with_text_and_parameters(folder: Path, cache: Path, 
     assert there.open(cache).digest != corpus.digest
 
 
+def test_suffixes_are_read_in_either_case_and_what_is_left_out_is_said(
+    folder: Path, cache: Path, corpus: Corpus, tmp_path: Path, capfd
+) -> None:
+    there = tmp_path / "loud"
+    for path in sorted(folder.rglob("*.*")):
+        copy = there / path.relative_to(folder).with_suffix(path.suffix.upper())
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        copy.write_bytes(path.read_bytes())
+    loud = Text(folder=str(there), vocab=300)
+    counts = [json.loads((data.tokenizer_file.parent / "corpus.json").read_bytes())["documents"]
+              for data in (corpus, loud.open(cache))]  # fmt: skip
+    assert sum(counts[0].values()) == sum(counts[1].values()) == 80
+    assert "left out" not in capfd.readouterr().err
+    (there / "picture.png").write_bytes(b"\x89PNG")
+    (there / "b.pdf").write_bytes(b"%PDF")
+    (there / "link.txt").symlink_to(there / "part-0" / "000.TXT")
+    Text(folder=str(there), vocab=301).open(cache)
+    (line,) = [line for line in capfd.readouterr().err.splitlines() if "left out" in line]
+    assert "3 files of it are left out, such as 'b.pdf': read are .txt, .md, .rst, .py that are no links" in line
+
+
 def test_the_second_opening_reads_the_cache(folder: Path, cache: Path, corpus: Corpus, capfd) -> None:
     again = Text(folder=str(folder), vocab=300).open(cache)
     assert capfd.readouterr().err == ""

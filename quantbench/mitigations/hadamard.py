@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Generator, Tensor, nn
 
-from quantbench.anatomy import Anatomy, Stream, anatomy
+from quantbench.anatomy import Anatomy, Stream, anatomy, bar_saving, replace, untie
 from quantbench.calibration import Calibration
 from quantbench.mitigations import Mitigation, Prepared, fold_projection, rewrite
 
@@ -42,9 +42,10 @@ class Hadamard(Mitigation):
             fold(model, parts, stream)
             rotate_stream(parts, stream, rotation(parts.table.embedding_dim, generator))
             for down in stream.downs:
-                _replace(model, down, Rotated(down, rotation(down.in_features, generator)))
+                replace(model, down, Rotated(down, rotation(down.in_features, generator)))
 
         rewrite("hadamard", model, calibration, change)
+        bar_saving(model)
         return Prepared(model)
 
 
@@ -69,9 +70,7 @@ class Rotated(nn.Module):
 def fold(model: Any, parts: Anatomy, stream: Stream) -> None:
     """Leaves nothing between the stream and its readers but RMS norms without a gain."""
     fold_projection(model)
-    if parts.head.weight is parts.table.weight:
-        parts.head.weight = nn.Parameter(parts.head.weight.clone())
-        model.config.tie_word_embeddings = False
+    untie(model)
     norms = [*stream.norms, (stream.last, [parts.head])]
     if any(isinstance(norm, nn.LayerNorm) for norm, _ in norms):
         _centre(stream)
@@ -85,7 +84,7 @@ def fold(model: Any, parts: Anatomy, stream: Stream) -> None:
             _set(reader.weight, reader.weight.double() * gain.double())
         if isinstance(norm, nn.LayerNorm):
             plain = nn.RMSNorm(norm.normalized_shape, eps=norm.eps).to(parts.table.weight)
-            _replace(model, norm, plain)
+            replace(model, norm, plain)
         elif gain is not None:
             gain.fill_(1.0)
 
@@ -115,11 +114,6 @@ def rotate_stream(parts: Anatomy, stream: Stream, rotation_DD: Tensor) -> None:
 
 def _set(parameter: Tensor, value: Tensor) -> None:
     parameter.copy_(value)
-
-
-def _replace(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
-    path = next(path for path, module in model.named_modules() if module is old)
-    model.set_submodule(path, new)
 
 
 # --- matrices --------------------------------------------------------------------------------------------------------

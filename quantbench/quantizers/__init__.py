@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from quantbench.anatomy import anatomy
+from quantbench.anatomy import anatomy, bar_saving, check_plain, replace, scale_of_table
 from quantbench.calibration import Calibration, Exemption, learned_keys, passes, what_counts
 from quantbench.ops.integers import (
     dequantize,
@@ -400,7 +400,8 @@ def swap(model: nn.Module, make: Callable[[str, nn.Linear], LowBitLinear | None]
 
     Each is in its place before the next is made, in the order of the model; where that is None the Linear stays.
     Returns `share-of-weights`, of the blocks' matrix-product weights those that sit in a Linear, and `bits-per-weight`
-    of these as stored. ValueError where the share is below 95%: the figure would be another model's.
+    of these as stored. ValueError where the share is below 95%: the figure would be another model's; and for a Linear
+    that computes more than its weights say.
     """
     assert not any(isinstance(module, LowBitLinear) for module in model.modules()), "the model is quantized already"
     parts = anatomy(model)
@@ -414,6 +415,8 @@ def swap(model: nn.Module, make: Callable[[str, nn.Linear], LowBitLinear | None]
             f"only {share:.0%} of the blocks' weights are those of a Linear, the rest of {kinds}: turn these into "
             "nn.Linear first, or the quantized model would be full precision in disguise"
         )
+    for name, (_, linear) in linears.items():
+        check_plain(name, linear, nn.Linear)
     bits = 0
     for name, (layer, linear) in linears.items():
         low_bit = make(name, linear)
@@ -421,8 +424,8 @@ def swap(model: nn.Module, make: Callable[[str, nn.Linear], LowBitLinear | None]
             bits += 8 * linear.weight.nbytes
             continue
         bits += low_bit.stored_bits()
-        parts.blocks[layer].set_submodule(name.partition(".")[2], low_bit)
-    model.requires_grad_(False).eval()
+        replace(parts.blocks[layer], linear, low_bit)
+    bar_saving(model.requires_grad_(False).eval())
     return {"share-of-weights": share, "bits-per-weight": bits / inside}
 
 
@@ -435,10 +438,10 @@ def _unseen_weights(module: nn.Module) -> int:
 
 
 class IntegerEmbedding(nn.Module):
-    """A table of at most 8 bits, one range per row, looked up as floats."""
+    """A table of at most 8 bits, one range per row, looked up as floats; a scale of the rows stays what it was."""
 
     weight: Tensor
-    scale_V1: Tensor
+    multiplier: Tensor | None
 
     def __init__(self, embedding: nn.Embedding, bits: int) -> None:
         super().__init__()
@@ -446,20 +449,17 @@ class IntegerEmbedding(nn.Module):
         self.bits, self.packed, self.dtype = bits, bits <= 4, embedding.weight.dtype
         self.num_embeddings, self.embedding_dim = embedding.weight.shape
         self.register_buffer("weight", pack_int4(codes.q_NK) if self.packed else codes.q_NK)
-        self.register_buffer("scale_V1", codes.scale_NG)
+        # A parameter, for libraries take a model's device from its first, and all else may be low-bit.
+        self.scale_V1 = nn.Parameter(codes.scale_NG, requires_grad=False)
+        self.register_buffer("multiplier", scale_of_table(embedding), persistent=False)
 
     def forward(self, ids: Tensor) -> Tensor:
-        rows = self.weight[ids]
-        return dequantize(unpack_int4(rows) if self.packed else rows, self.scale_V1[ids]).to(self.dtype)
+        rows = F.embedding(ids, self.weight)  # unlike an index it refuses ids below 0
+        found = dequantize(unpack_int4(rows) if self.packed else rows, self.scale_V1[ids]).to(self.dtype)
+        return found if self.multiplier is None else found * self.multiplier.to(self.dtype)
 
 
 ROUNDING_OF = "rounding_of_"  # a kind of site: the name of the Rounding, inside the module whose output it rounds
-
-
-def replace(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
-    """Puts a module where another one is, by identity."""
-    path = next(path for path, module in model.named_modules() if module is old)
-    model.set_submodule(path, new)
 
 
 def round_site(module: nn.Module, kind: str, rounding: Rounding, exemption: Exemption) -> None:

@@ -11,9 +11,10 @@ quantizes no activations and ignores the threshold); its log line on every float
 in-place repacking on CPUs with AVX512-BF16 is off, because it computes in bf16 and its result would depend on the
 machine; exempt positions are fed as zeros, so that they make no columns outliers, and computed apart.
 
-What it leaves out. Nested ("double") quantization of the scales, fp16 models. Inputs still pass through fp16 on
-their way to int8: what exceeds 65,504 is infinite there. With a threshold such columns are taken out before; at
-threshold 0 the output is not finite: `above-fp16` reports the share of calibration tokens (over all Linears) that do.
+What it leaves out. Nested ("double") quantization of the scales, fp16 models. Inputs and weights of Linear8bitLt still
+pass through fp16 on their way to int8, and on a GPU its outputs do, before the bias: what exceeds 65,504 is infinite
+there. `above-fp16` reports the share of calibration tokens (over all Linears) of which an input or an output does, or
+whose Linear has such a weight. With a threshold, inputs alone are spared: their columns are taken out before.
 """
 
 import logging
@@ -23,9 +24,10 @@ from typing import ClassVar, Literal, Self
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from quantbench.anatomy import anatomy
-from quantbench.calibration import Calibration, Exemption, survey
+from quantbench.calibration import Calibration, Exemption, passes
 from quantbench.quantizers import LowBitLinear, Quantizer, swap
 
 ABOVE_FP16 = 65_504 + 2.0**-8  # the float32 after float16's largest
@@ -55,10 +57,30 @@ class BnbInt8(Quantizer):
 
     def quantize(self, model: nn.Module, calibration: Calibration) -> dict[str, float]:
         self.check([])
-        sites = survey(model, calibration, ABOVE_FP16).values()
-        above, tokens = sum(int(found.outlier_tokens) for found in sites), sum(found.tokens for found in sites)
+        share = above_fp16(model, calibration)
         report = swap(model, lambda name, linear: BnbInt8Linear(linear, calibration.exemption, self.threshold))
-        return report | {"above-fp16": above / tokens}
+        return report | {"above-fp16": share}
+
+
+def above_fp16(model: nn.Module, calibration: Calibration) -> float:
+    """The share of calibration tokens, over all Linears, of whose products float16 cannot hold a part."""
+    linears = {name: linear for name, (_, linear) in anatomy(model).linears().items()}
+    loud = {name: bool((linear.weight.abs() >= ABOVE_FP16).any()) for name, linear in linears.items()}
+    above = tokens = 0
+
+    def show(place: str, x: Tensor, exempt: Tensor | None) -> None:
+        nonlocal above, tokens
+        x_MK = x.flatten(0, -2) if exempt is None else x[~exempt.squeeze(-1)]
+        tokens += len(x_MK)
+        if loud[place]:
+            above += len(x_MK)
+            return
+        y_MN = F.linear(x_MK, linears[place].weight)
+        above_M = ((x_MK.abs() >= ABOVE_FP16).any(-1)) | ~(y_MN.abs() < ABOVE_FP16).all(-1)
+        above += int(above_M.sum())
+
+    passes(model, calibration, ("inputs",), show)
+    return above / max(1, tokens)
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from typing import ClassVar, Literal
 
 from torch import nn
 
-from quantbench.anatomy import anatomy
+from quantbench.anatomy import anatomy, check_plain, replace, untie
 from quantbench.calibration import Calibration, Rule, places, spans
 from quantbench.quantizers import (
     FULL,
@@ -33,7 +33,6 @@ from quantbench.quantizers import (
     Scope,
     check_groups,
     nearest,
-    replace,
     round_site,
     swap,
 )
@@ -131,9 +130,13 @@ class Integer(Quantizer):
         for site, modules in sites.items():
             for place in at[site]:
                 round_site(modules[place], site, rounding(place), calibration.exemption)
-        if "head" in self.sites and chosen("head", "head"):
+        tables = [site for site in self.sites if site in OF_WEIGHTS and chosen(site, site)]
+        if tables:
+            untie(model)
+        if "head" in tables:
+            check_plain("head", parts.head, nn.Linear)
             codes = nearest(parts.head.weight, self.weights, self.group, self.symmetric_weights)
             replace(model, parts.head, IntegerLinear(parts.head, calibration.exemption, codes, self.weights))
-        if "embeddings" in self.sites and chosen("embeddings", "embeddings"):
+        if "embeddings" in tables:
             replace(model, parts.table, IntegerEmbedding(parts.table, self.weights))
         return report

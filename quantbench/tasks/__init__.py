@@ -9,6 +9,7 @@ Shapes: B sequences, T positions, ids are int64.
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -62,7 +63,7 @@ class Data(ABC):
         """
 
     def bytes_of(self, ids: Ids) -> int | None:
-        """How many UTF-8 bytes of text the ids stand for (special tokens: 0); None where they are no text."""
+        """How many UTF-8 bytes of text the ids stand for (special tokens: 0); None: they are none, or nobody knows."""
         return None
 
     def figures(self, ids_BT: Ids, nll_BT: NDArray[np.float32]) -> dict[str, float]:
@@ -74,9 +75,15 @@ class Data(ABC):
 class Task:
     """The contract of an entry: parameters as fields, data through `open`."""
 
+    reads_with_a_model: ClassVar[bool] = False  # its ids are those of the tokenizer of a model that is there already
+
     def open(self, cache: Path) -> Data:
         """The data, made on the first call and kept under `cache`; ValueError names what is missing."""
         raise NotImplementedError
+
+    def check_model(self, model: str, cache: Path) -> None:
+        """ValueError where its ids are of another vocabulary than a model's, which `quantbench measure` takes so."""
+        raise ValueError(f"this task makes ids of its own, which mean nothing to {model}: take the task `passages`")
 
     def ready(self, cache: Path) -> bool:
         """Whether `open` has nothing to make."""

@@ -63,7 +63,7 @@ class Text(Task):
     domain: Literal["prose", "code"] = "prose"  # of packages: their docstrings, or their sources
     packages: tuple[str, ...] = ("numpy", "scipy", "transformers")  # names of installed distributions
     folder: Annotated[str, Place()] = (
-        ""  # text files (.txt, .md, .rst, .py; UTF-8; links not followed) in place of packages
+        ""  # text files (.txt, .md, .rst, .py, of either case; UTF-8; links not followed) in place of packages
     )
     vocab: Annotated[int, Range(258, 65536)] = 512  # 256 bytes, 2 special tokens, the rest merges
     sets: Annotated[tuple[str, ...], Added()] = ()  # in place of packages: wikipedia, code
@@ -246,10 +246,14 @@ class _Folder:
             raise ValueError(f"text: {folder!r} is no folder")
         self.title = f"the text files of {folder}"
         self.files: dict[str, str] = {}
+        self.left_out: list[str] = []
         for parent, _, names in os.walk(root, followlinks=False):
-            for path in (Path(parent, name) for name in names if name.lower().endswith(SUFFIXES)):
-                if path.is_file() and not path.is_symlink():
-                    self.files[path.relative_to(root).as_posix()] = _utf8(path, path.read_bytes())
+            for path in (Path(parent, name) for name in names):
+                name = path.relative_to(root).as_posix()
+                if path.suffix.lower() in SUFFIXES and path.is_file() and not path.is_symlink():
+                    self.files[name] = _utf8(path, path.read_bytes())
+                else:
+                    self.left_out.append(name)
 
     def identity(self) -> dict[str, object]:
         # By content, not by name and date: a file changed in place is other text.
@@ -340,6 +344,10 @@ def _statements(node: ast.AST, field: str) -> list[ast.AST]:
 def _build(source: Source, vocab: int) -> dict[str, bytes]:
     """The files of a finished corpus. ValueError where the text is too little."""
     print(f"quantbench: reading {source.title}, once ...", file=sys.stderr, flush=True)
+    if isinstance(source, _Folder) and source.left_out:
+        first = quote(min(source.left_out), 60)
+        print(f"quantbench: {len(source.left_out):,} files of it are left out, such as {first}: read are "
+              f"{', '.join(SUFFIXES)} that are no links", file=sys.stderr, flush=True)  # fmt: skip
     training, held_out = _split(source)
     if not training or not held_out:
         raise ValueError(
