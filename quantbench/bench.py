@@ -230,6 +230,16 @@ def experiment(job: Job, store: Store, compute: bool = True, say: Say = lambda *
     return record, stages.run()
 
 
+def to_train(jobs: list[Job], store: Store) -> list[Job]:
+    """Those whose checkpoint the store lacks, one of each that share it."""
+    found: dict[str, Job] = {}
+    for job in jobs:
+        stages = Stages(job, store, False, lambda *_: None)
+        if not job.track.pretrained and store.load("pretrain", stages.trained) is None:
+            found.setdefault(digest(stages.trained), job)
+    return list(found.values())
+
+
 def export(job: Job, store: Store, quantizer: Any, folder: Path, say: Say = lambda *_: None) -> dict[str, float] | None:
     """Saves the job's model, quantized, in a folder (`packed.load` reads it): its report, and `bytes` on disk.
 

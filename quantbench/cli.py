@@ -243,6 +243,10 @@ def export(arguments: argparse.Namespace) -> int:
     from quantbench.bench import export as exported
 
     torch.set_num_threads(1)  # as in `bench`: a checkpoint's last bits depend on it
+    from quantbench.speed import BY_COPY, advice
+
+    if line := advice([job], _store(), 1, BY_COPY):
+        print(f"quantbench: {line}", file=sys.stderr, flush=True)
     report = exported(job, _store(), quantizer, Path(arguments.to), _say)
     if report is None:
         print(f"{job}: diverged; nothing to export", file=sys.stderr)

@@ -77,6 +77,10 @@ def each(function: Callable[..., Any], jobs: list[Job], store: Store, workers: i
             yield job, done
     if not missing:
         return
+    from quantbench.speed import BY_COPY, BY_SET, advice
+
+    if line := advice(missing, store, workers, BY_SET if function is experiment else BY_COPY):
+        print(f"quantbench: {line}", file=sys.stderr, flush=True)
     with _progress(missing) as report, _pool(min(workers, len(missing)), report) as pool:
         futures: dict[Future[Any], Job] = {pool.submit(_work, function, job, store.root): job for job in missing}
         for future in as_completed(futures):

@@ -25,6 +25,7 @@ LAYERS = [
     ["face"],
     ["tune"],
     ["sweep", "sites", "probe"],
+    ["speed"],
     ["bench", "leaderboard"],
     ["gallery", "claims", "answer", "tables"],
     ["board", "signatures"],

@@ -30,6 +30,7 @@ Ways = Mapping[str, Callable[[], object]]
 Times = dict[str, float]  # way -> milliseconds
 
 ROUNDS = 7  # in which all ways take turns; the least time counts, which other work on the machine lengthens least
+ENOUGH = 0.5  # seconds after which no further round begins
 ROUND = 0.5e-3  # seconds that each runs in a round, at least
 HOPELESS = 4.0  # times the fastest: what takes so long is not run again
 SURE = 2  # rounds before that is believed
@@ -55,7 +56,7 @@ def fastest(question: str, make: Callable[[], Ways]) -> str:
     return min(found, key=found.__getitem__)
 
 
-def times(question: str, make: Callable[[], Ways], rounds: int = ROUNDS) -> Times:
+def times(question: str, make: Callable[[], Ways]) -> Times:
     """Milliseconds of each way that `make` gives, measured where neither this process nor the user's cache knows them.
 
     The question names the work, sizes included: who changes the work gives it another name. Put the way that is fast
@@ -66,15 +67,16 @@ def times(question: str, make: Callable[[], Ways], rounds: int = ROUNDS) -> Time
     if question not in known:
         known |= {q: t for q, t in kept(key).items() if q not in known}
     if question not in known:
-        known[question] = measure(make(), rounds)
+        known[question] = measure(make())
         keep(key, {question: known[question]})
     return known[question]
 
 
-def measure(ways: Ways, rounds: int = ROUNDS) -> Times:
+def measure(ways: Ways) -> Times:
     """Milliseconds of each way: the least of some rounds in which all take turns."""
     least: dict[str, float] = {}
     repeats: dict[str, int] = {}
+    end = time.perf_counter() + ENOUGH
     with torch.inference_mode(False):
         for name, run in ways.items():
             first = _seconds(run, 1)  # it may compile, and takes memory
@@ -83,7 +85,9 @@ def measure(ways: Ways, rounds: int = ROUNDS) -> Times:
                 continue
             least[name] = _seconds(run, 1)
             repeats[name] = max(1, round(ROUND / least[name]))
-        for count in range(rounds):
+        for count in range(ROUNDS):
+            if count >= SURE and time.perf_counter() > end:
+                break
             for name, number in repeats.items():
                 # Not by a call or two: another process may have had the core.
                 if count < SURE or least[name] <= HOPELESS * min(least.values()):

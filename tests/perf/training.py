@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from quantbench.face import root
 from quantbench.mitigations import Settings
 from quantbench.model import initialise
-from quantbench.pretrain import _step, build, steady_memory
+from quantbench.pretrain import build, steady_memory, update
 from quantbench.recipe import Track, load_recipe, load_track
 from quantbench.strict import dump
 from tests.perf.contest import Row, contest, threads
@@ -106,7 +106,7 @@ def our_loop(recipe: str, track: Track, data: object, device: str) -> Callable[[
 
     def step() -> None:
         ids = data.training(0, next(count) * track.batch, track.batch, track.length)  # type: ignore[attr-defined]
-        _step(model, mitigation, optimizer, torch.from_numpy(ids).to(device), track)
+        update(model, mitigation, optimizer, torch.from_numpy(ids).to(device), track)
 
     return step
 

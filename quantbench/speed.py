@@ -1,0 +1,163 @@
+"""How long a track takes on this machine, from a moment's measurement: a training step in each precision, and the grid.
+
+Precision changes numbers, so it is the track's to say and nothing here chooses it: where the other one was measured to
+be faster, that is told. What is timed is a small part of the work (a decoder of two layers on one thread, as a worker
+has), kept by `ops.measured`, and carried over by counted FLOPs: minutes that come of it are good to a third or so.
+"""
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from math import ceil
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, cast
+
+from quantbench import catalog
+from quantbench.bench import Job, device, to_train
+from quantbench.recipe import Track
+from quantbench.store import Store
+from quantbench.strict import dump
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from quantbench.model import QuantbenchModel
+    from quantbench.ops.measured import Times, Ways
+    from quantbench.tasks import Data
+
+LAYERS = 2  # of the decoder that is timed
+FLOPS = 1e9  # of a step that is timed, at most, as long as a sequence is left; one of more
+SHORT = 64  # tokens has this length
+SLOWER = 1.25  # times fp32's step, from which on bf16 is advised against
+BATCH = 32  # held-out sequences of a pass
+OVERHEAD = 1.5  # the grid over its evaluation passes alone: calibration, fitting, SQNR, lm-eval; measured on `text`
+START = 20.0  # seconds until a worker trains: imports, reading the corpus
+
+# What can be done about it: of `bench`, and of every verb.
+BY_SET = "add `--set precision=fp32` (into a scratch folder, never onto the leaderboard)"
+BY_COPY = "let a copy of the track's file say `precision: fp32`, and name it by --track"
+
+
+def step_times(track: Track) -> "Times":
+    """Milliseconds of a training step of the track's baseline, by precision, as a worker takes it."""
+    part, factor = _part(track)
+    found = _measured("training step", part, lambda: {p: _step(part, p) for p in ("fp32", "bf16")})
+    return {precision: ms * factor for precision, ms in found.items()}
+
+
+def grid_seconds(track: Track) -> float:
+    """What measuring and quantizing one model of the track takes a worker, about."""
+    part, factor = _part(replace(track, batch=BATCH))
+    found = _measured("quantized pass", part, lambda: {"w8a8-token": _quantized_pass(part)})
+    variants = sum(3 if name in track.evaluate.exemption else 1 for name in track.quantizers)
+    passes = 1 + variants * track.evaluate.sequences / BATCH
+    return OVERHEAD * passes * found["w8a8-token"] * factor / 1e3
+
+
+def bench_seconds(track: Track, runs: int, workers: int, precision: str | None = None) -> float:
+    """What so many runs of a track take from nothing, about, so many at a time; in the track's precision or another."""
+    step = step_times(track)[precision or track.precision] / 1e3
+    return START + ceil(runs / workers) * (track.steps * step + grid_seconds(track))
+
+
+def advice(jobs: list[Job], store: Store, workers: int, follow: str) -> str | None:
+    """A line for who is about to train in bf16 where that was measured to be slow; `follow` says what can be done."""
+    low = [job for job in jobs if job.track.precision == "bf16" and not job.track.pretrained]
+    if not low or device().type != "cpu":
+        return None
+    track = low[0].track
+    found = step_times(track)
+    if not bf16_is_slow(found) or not (count := len(to_train(low, store))):
+        return None
+    bf16, fp32 = (_minutes(ceil(count / workers) * track.steps * found[name] / 60e3) for name in ("bf16", "fp32"))
+    runs = "1 run" if count == 1 else f"{count} runs"
+    return f"bf16 is slow on this machine: training {runs} takes about {bf16}, in fp32 about {fp32}; {follow}"
+
+
+def bf16_is_slow(found: "Times") -> bool:
+    """Whether steps took so much longer in bf16 that it is advised against."""
+    return found["bf16"] > SLOWER * found["fp32"]
+
+
+def _minutes(minutes: float) -> str:
+    return f"{minutes:,.0f} minutes" if minutes >= 1.5 else "a minute"
+
+
+# --- what is timed ----------------------------------------------------------------------------------------------------
+
+
+def _part(track: Track) -> tuple[Track, float]:
+    """A track with less to do, and how many times as much the whole one has."""
+    shape = track.model
+    fewer = shape if shape.sublayers else replace(shape, layers=min(LAYERS, shape.layers))
+    part = replace(track, model=fewer)
+    if _flops(part) > FLOPS:
+        part = replace(part, length=min(SHORT, track.length))
+    mine, whole = _flops(part), _flops(track)
+    batch = max(1, min(track.batch, int(FLOPS // mine)))
+    return replace(part, batch=batch), whole * track.batch / (mine * batch)
+
+
+def _flops(track: Track) -> float:
+    """Of training the baseline on one sequence, as `model.cost` counts them; without the model, which takes seconds."""
+    shape, length = track.model, track.length
+    attention = shape.width * (4 * shape.width + length)
+    mlp = (3 if shape.mlp == "swiglu" else 2) * shape.width * shape.mlp_width
+    each = {"block": attention + mlp, "attention": attention, "mlp": mlp}
+    products = sum(each[kind] for kind in shape.sublayers or ("block",) * shape.layers)
+    return 6.0 * length * (products + shape.width * _vocab(track))
+
+
+def _vocab(track: Track) -> int:
+    return int(getattr(track.task, "vocab", 64))
+
+
+def _measured(what: str, part: Track, make: "Callable[[], Ways]") -> "Times":
+    import torch
+
+    from quantbench.ops.measured import times
+
+    shape = json.dumps(dump(part.model), sort_keys=True)
+    where = "" if device().type == "cpu" else f"{torch.cuda.get_device_name()}: "
+    question = f"{where}{what}, {part.batch} x {part.length} tokens of {_vocab(part)}, {shape}"
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)  # as a worker
+    try:
+        return times(question, make)
+    finally:
+        torch.set_num_threads(before)
+
+
+def _model(part: Track) -> "tuple[QuantbenchModel, Tensor]":
+    import torch
+
+    from quantbench.model import initialise
+    from quantbench.pretrain import build, steady_memory
+
+    steady_memory()  # as a worker
+    model = build({}, part, cast("Data", SimpleNamespace(vocab=_vocab(part), bos=0)))
+    initialise(model, 0)
+    ids_BT = torch.randint(_vocab(part), (part.batch, part.length + 1), generator=torch.Generator().manual_seed(0))
+    return torch.nn.Module.to(model, device()), ids_BT.to(device())
+
+
+def _step(part: Track, precision: Any) -> Callable[[], object]:
+    from quantbench.mitigations import Settings
+    from quantbench.pretrain import update
+
+    track = replace(part, precision=precision)
+    model, ids_BT = _model(track)
+    mitigation = model.train().config.mitigation()
+    optimizer = mitigation.optimizer(model, Settings(track.lr, track.betas, track.lr * track.weight_decay))
+    return partial(update, model, mitigation, optimizer, ids_BT, track)
+
+
+def _quantized_pass(part: Track) -> Callable[[], object]:
+    from quantbench.calibration import Calibration
+    from quantbench.evaluate import log_probabilities
+
+    model, ids_BT = _model(part)
+    quantizer = catalog.load("quantizers", "w8a8-token")(**catalog.preset("quantizers", "w8a8-token"))
+    quantizer.quantize(model.eval(), Calibration([(ids_BT[:, :-1], None)]))
+    return lambda: log_probabilities(model, ids_BT)[0, 0, 0].item()  # a GPU has finished, too
