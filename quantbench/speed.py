@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from quantbench.ops.measured import Times, Ways
     from quantbench.tasks import Data
 
+STEP, PASS = "training step", "quantized pass"
 LAYERS = 2  # of the decoder that is timed
 FLOPS = 1e9  # of a step that is timed, at most, as long as a sequence is left; one of more
 SHORT = 64  # tokens has this length
@@ -41,15 +42,15 @@ BY_COPY = "let a copy of the track's file say `precision: fp32`, and name it by 
 
 def step_times(track: Track) -> "Times":
     """Milliseconds of a training step of the track's baseline, by precision, as a worker takes it."""
-    part, factor = _part(track)
-    found = _measured("training step", part, lambda: {p: _step(part, p) for p in ("fp32", "bf16")})
+    part, factor = part_of(track)
+    found = _measured(STEP, part, lambda: {p: _step(part, p) for p in ("fp32", "bf16")})
     return {precision: ms * factor for precision, ms in found.items()}
 
 
 def grid_seconds(track: Track) -> float:
     """What measuring and quantizing one model of the track takes a worker, about."""
-    part, factor = _part(replace(track, batch=BATCH))
-    found = _measured("quantized pass", part, lambda: {"w8a8-token": _quantized_pass(part)})
+    part, factor = part_of(replace(track, batch=BATCH))
+    found = _measured(PASS, part, lambda: {"w8a8-token": _quantized_pass(part)})
     variants = sum(3 if name in track.evaluate.exemption else 1 for name in track.quantizers)
     passes = 1 + variants * track.evaluate.sequences / BATCH
     return OVERHEAD * passes * found["w8a8-token"] * factor / 1e3
@@ -87,7 +88,7 @@ def _minutes(minutes: float) -> str:
 # --- what is timed ----------------------------------------------------------------------------------------------------
 
 
-def _part(track: Track) -> tuple[Track, float]:
+def part_of(track: Track) -> tuple[Track, float]:
     """A track with less to do, and how many times as much the whole one has."""
     shape = track.model
     fewer = shape if shape.sublayers else replace(shape, layers=min(LAYERS, shape.layers))
@@ -113,18 +114,24 @@ def _vocab(track: Track) -> int:
     return int(getattr(track.task, "vocab", 64))
 
 
+def question(what: str, part: Track) -> str:
+    """By what name the times of a part are kept."""
+    import torch
+
+    shape = json.dumps(dump(part.model), sort_keys=True)
+    where = "" if device().type == "cpu" else f"{torch.cuda.get_device_name()}: "
+    return f"{where}{what}, {part.batch} x {part.length} tokens of {_vocab(part)}, {shape}"
+
+
 def _measured(what: str, part: Track, make: "Callable[[], Ways]") -> "Times":
     import torch
 
     from quantbench.ops.measured import times
 
-    shape = json.dumps(dump(part.model), sort_keys=True)
-    where = "" if device().type == "cpu" else f"{torch.cuda.get_device_name()}: "
-    question = f"{where}{what}, {part.batch} x {part.length} tokens of {_vocab(part)}, {shape}"
     before = torch.get_num_threads()
     torch.set_num_threads(1)  # as a worker
     try:
-        return times(question, make)
+        return times(question(what, part), make)
     finally:
         torch.set_num_threads(before)
 

@@ -34,6 +34,7 @@ ENOUGH = 0.5  # seconds after which no further round begins
 ROUND = 0.5e-3  # seconds that each runs in a round, at least
 HOPELESS = 4.0  # times the fastest: what takes so long is not run again
 SURE = 2  # rounds before that is believed
+AGREE = 1.3  # times the least, that the one after it may be
 PATIENCE = 20e-3  # seconds of a first call, which may compile, from which on it alone tells
 VARIABLES = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS",
              "MKL_DEBUG_CPU_TYPE")  # fmt: skip
@@ -60,46 +61,56 @@ def times(question: str, make: Callable[[], Ways]) -> Times:
     """Milliseconds of each way that `make` gives, measured where neither this process nor the user's cache knows them.
 
     The question names the work, sizes included: who changes the work gives it another name. Put the way that is fast
-    everywhere first: of one that is hopeless beside it, a single call is enough.
+    everywhere first: of one that is hopeless beside it, a single call is enough. What the rounds do not agree on, on a
+    machine that is busy, serves this process alone.
     """
     key = _key(torch.get_num_threads(), torch._C._get_mkldnn_enabled())
     known = _here.setdefault(key, {})
     if question not in known:
         known |= {q: t for q, t in kept(key).items() if q not in known}
     if question not in known:
-        known[question] = measure(make())
-        keep(key, {question: known[question]})
+        known[question], agreed = measure(make())
+        if agreed:
+            keep(key, {question: known[question]})
     return known[question]
 
 
-def measure(ways: Ways) -> Times:
-    """Milliseconds of each way: the least of some rounds in which all take turns."""
-    least: dict[str, float] = {}
+def measure(ways: Ways) -> tuple[Times, bool]:
+    """Milliseconds of each way, the least of some rounds in which all take turns; and whether the rounds agree."""
+    seconds: dict[str, list[float]] = {}  # ascending
     repeats: dict[str, int] = {}
     end = time.perf_counter() + ENOUGH
+
+    def fastest_yet() -> float:
+        return min(each[0] for each in seconds.values())
+
     with torch.inference_mode(False):
         for name, run in ways.items():
             first = _seconds(run, 1)  # it may compile, and takes memory
-            if first > PATIENCE and least and first > HOPELESS * min(least.values()):
-                least[name] = first
+            if first > PATIENCE and seconds and first > HOPELESS * fastest_yet():
+                seconds[name] = [first]
                 continue
-            least[name] = _seconds(run, 1)
-            repeats[name] = max(1, round(ROUND / least[name]))
+            seconds[name] = [_seconds(run, 1)]
+            repeats[name] = max(1, round(ROUND / seconds[name][0]))
         for count in range(ROUNDS):
             if count >= SURE and time.perf_counter() > end:
                 break
             for name, number in repeats.items():
                 # Not by a call or two: another process may have had the core.
-                if count < SURE or least[name] <= HOPELESS * min(least.values()):
-                    least[name] = min(least[name], _seconds(ways[name], number))
-    return {name: round(1e3 * seconds, 6) for name, seconds in least.items()}
+                if count < SURE or seconds[name][0] <= HOPELESS * fastest_yet():
+                    seconds[name] = sorted([*seconds[name], _seconds(ways[name], number)])
+    contending = [each for each in seconds.values() if each[0] <= HOPELESS * fastest_yet()]
+    agreed = all(each[1] <= AGREE * each[0] for each in contending)
+    return {name: round(1e3 * each[0], 6) for name, each in seconds.items()}, agreed
 
 
 def _seconds(run: Callable[[], object], count: int) -> float:
-    start = time.perf_counter()
+    """Of one call; on one thread those that it worked, whatever else the machine did meanwhile."""
+    clock = time.thread_time if torch.get_num_threads() == 1 and not torch.cuda.is_initialized() else time.perf_counter
+    start = clock()
     for _ in range(count):
         run()
-    return max((time.perf_counter() - start) / count, 1e-9)
+    return max((clock() - start) / count, 1e-9)
 
 
 def forget() -> None:
@@ -136,6 +147,15 @@ def _key(threads: int, onednn: bool) -> str:
 def path_of(key: str) -> Path:
     """The file of a class; OSError where the user has no folder for it."""
     return cache_folder("measured") / f"{key[:32]}.json"
+
+
+def file() -> Path | None:
+    """Where the times of this process's class are kept; None where they cannot be."""
+    try:
+        path = path_of(digest(machine()))
+    except OSError:
+        return None
+    return path if os.access(path.parent, os.W_OK | os.X_OK) else None
 
 
 def kept(key: str) -> dict[str, Times]:

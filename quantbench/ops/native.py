@@ -44,18 +44,18 @@ def library(source: Path) -> ctypes.CDLL | None:
 
 @functools.cache
 def _library(source: Path) -> ctypes.CDLL | None:
-    compiler = _compiler()
-    if compiler is None:
+    command = compiler()
+    if command is None:
         _say(f"no C++ compiler found (install g++ or clang++, or set CXX){FALLBACK}")
         return None
     try:
-        name = _digest(source, compiler) + ".so"
+        name = _digest(source, command) + ".so"
         try:
             with _locked(cache_folder("native")) as folder:
-                return _load(source, compiler, folder / name)
+                return _load(source, command, folder / name)
         except OSError:  # no such folder to be had, a full disk, no locks on it
             with tempfile.TemporaryDirectory(prefix="quantbench-") as folder:
-                return _load(source, compiler, Path(folder) / name)
+                return _load(source, command, Path(folder) / name)
     except (OSError, RuntimeError, subprocess.SubprocessError) as error:
         _say(f"{error}{FALLBACK}")
         return None
@@ -65,7 +65,8 @@ def _say(line: str) -> None:
     print(f"quantbench: {line}", file=sys.stderr, flush=True)
 
 
-def _compiler() -> list[str] | None:
+def compiler() -> list[str] | None:
+    """The words that call a C++ compiler; None where there is none."""
     for command in (os.environ.get("CXX", ""), "c++", "g++", "clang++"):
         words = shlex.split(command)
         if words and shutil.which(words[0]):
