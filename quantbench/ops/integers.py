@@ -15,6 +15,7 @@ from functools import cache, partial
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from quantbench.ops.measured import Choice, Ways, fastest, times
 
@@ -104,26 +105,31 @@ def product(x: Tensor, w: Tensor, x_most: int = 128, w_most: int = 128) -> Tenso
     fits = max(x_most, w_most) <= 128 and x.device.type == "cpu"
     # Of a single row or column torch may take one for the other.
     if fits and K > 1 and x.numel() > K and int8_is_faster(x.numel() // K, w.numel()):
-        return _in_int8(x, w)
-    return _in_float32(x, w, largest)
+        return in_int8(x, w)
+    return in_float32(x, w, largest)
 
 
-def _in_int8(x: Tensor, w: Tensor) -> Tensor:
+def in_int8(x: Tensor, w: Tensor) -> Tensor:
+    """`product` by torch's int8 product, which not every CPU has exactly; x of at least two rows and columns."""
     sums_MN = torch._int_mm(x.flatten(0, -2).to(torch.int8), w.to(torch.int8).T)
     return sums_MN.float().unflatten(0, x.shape[:-1])
 
 
-def _in_float32(x: Tensor, w: Tensor, largest: int) -> Tensor:
-    """No product of two exceeds `largest`."""
-    with torch.autocast(x.device.type, enabled=False):  # it would round the sums to bf16
-        parts = zip(x.split(EXACT // largest, -1), w.split(EXACT // largest, -1), strict=True)
-        first, *rest = (a @ b.T for a, b in parts)
-        if len(rest) <= 1:
-            return first.add_(rest[0]) if rest else first  # a sum of two exact ones is rounded once
-        sums = first.to(torch.int32)
-        for part in rest:
-            sums += part.to(torch.int32)
-        return sums.float()
+def in_float32(x: Tensor, w: Tensor, largest: int) -> Tensor:
+    """`product` by float32's, which is exact everywhere; no product of two integers exceeds `largest`."""
+    if torch.is_autocast_enabled(x.device.type):  # it would round the sums to bf16
+        with torch.autocast(x.device.type, enabled=False):
+            return in_float32(x, w, largest)
+    if x.shape[-1] * largest <= EXACT:
+        return F.linear(x, w)
+    parts = zip(x.split(EXACT // largest, -1), w.split(EXACT // largest, -1), strict=True)
+    first, *rest = (F.linear(a, b) for a, b in parts)
+    if len(rest) == 1:
+        return first.add_(rest[0])  # both are exact, so that their sum is rounded once
+    sums = first.to(torch.int32)
+    for part in rest:
+        sums += part.to(torch.int32)
+    return sums.float()
 
 
 FEW, MANY = (
@@ -147,6 +153,7 @@ def fastest_product(rows: int, weights: tuple[int, int]) -> str:
     return fastest(question(rows, weights), partial(ways, rows, weights))
 
 
+@cache
 def question(rows: int, weights: tuple[int, int]) -> str:
     """The name of a case."""
     return f"exact integer product, {rows} x {weights[1]} x {weights[0]}"
@@ -158,7 +165,7 @@ def ways(rows: int, weights: tuple[int, int]) -> Ways:
     x_MK, w_NK = (
         torch.randint(-127, 128, shape, generator=generator).float() for shape in ((rows, weights[1]), weights)
     )
-    return {"float32": lambda: _in_float32(x_MK, w_NK, 128 * 128), "int8": lambda: _in_int8(x_MK, w_NK)}
+    return {"float32": lambda: in_float32(x_MK, w_NK, 128 * 128), "int8": lambda: in_int8(x_MK, w_NK)}
 
 
 def choices() -> list[Choice]:
