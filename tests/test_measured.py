@@ -19,7 +19,7 @@ import pytest
 import torch
 
 from quantbench import speed
-from quantbench.bench import Job, environment, training
+from quantbench.bench import Job, _quota, default_jobs, environment, training
 from quantbench.cli import main
 from quantbench.model import cost
 from quantbench.ops import integers, measured
@@ -360,3 +360,29 @@ def test_doctor_begins_before_anything_heavy_is_loaded() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "['machine', 'versions', 'store'] False"
+
+
+# --- how many at a time -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("files", "cores"),
+    [
+        ({"cpu.max": "200000 100000\n"}, 2),
+        ({"cpu.max": "150000 100000\n"}, 2),
+        ({"cpu.max": "50000 100000\n"}, 1),
+        ({"cpu.max": "max 100000\n"}, None),
+        ({"cpu/cpu.cfs_quota_us": "400000\n", "cpu/cpu.cfs_period_us": "100000\n"}, 4),
+        ({"cpu/cpu.cfs_quota_us": "-1\n", "cpu/cpu.cfs_period_us": "100000\n"}, None),
+        ({"cpu.max": "\n"}, None),
+        ({}, None),
+    ],
+)
+def test_a_container_runs_as_many_at_a_time_as_it_has_time_for(
+    files: dict[str, str], cores: int | None, tmp_path: Path
+) -> None:
+    for name, content in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(content)
+    assert _quota(tmp_path) == cores
+    assert 1 <= default_jobs() <= (os.cpu_count() or 1)
