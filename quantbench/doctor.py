@@ -30,6 +30,7 @@ OPTIONAL = {
     "torchao": "the quantizer torchao-int8dyn",
 }
 ESSENTIAL = "the default command"
+FIXED = {"fp32": "SDPA", "bf16": "products"}  # how attention is computed on a CPU: the other way has other last bits
 ROOM, NEEDED = 1 << 30, 1 << 27  # bytes of disk: with less it is told, with less it cannot run
 
 Section = tuple[str, dict[str, Any]]
@@ -116,7 +117,10 @@ def _version(name: str) -> str | None:
 def _store(store: Path, missing: list[Missing]) -> dict[str, Any]:
     there = next(folder for folder in (store, *store.parents) if folder.is_dir())
     writable, free = os.access(there, os.W_OK | os.X_OK), shutil.disk_usage(there).free
-    size = sum(path.lstat().st_size for path in store.rglob("*") if path.is_file())
+    size = 0
+    for path in store.rglob("*"):
+        with suppress(OSError):  # of a run that goes on meanwhile
+            size += path.lstat().st_size
     if not writable:
         missing.append(Missing("a store", ESSENTIAL, f"make {there} writable", essential=True))
     if free < ROOM:
@@ -154,7 +158,7 @@ def _first_line(command: list[str]) -> str:
 
 def _choices(track: Track, missing: list[Missing]) -> dict[str, Any]:
     from quantbench.ops import measured
-    from quantbench.speed import BY_SET, bf16_is_slow, step_times
+    from quantbench.speed import BY_SET, attention_times, bf16_is_slow, step_times
 
     steps = step_times(track)
     slow = track.precision == "bf16" and bf16_is_slow(steps) and device().type == "cpu"
@@ -164,6 +168,7 @@ def _choices(track: Track, missing: list[Missing]) -> dict[str, Any]:
         )
     return {
         "kept": kept and str(kept), "choices": [choice._asdict() for choice in choices()],
+        "attention": {p: {"is": FIXED[p], "times": each} for p, each in attention_times(track).items()},
         "precision": {"track": TRACK, "is": track.precision, "times": steps, "advice": BY_SET if slow else None},
     }  # fmt: skip
 
@@ -240,12 +245,16 @@ def _say_device(found: dict[str, Any]) -> list[str]:
 def _say_choices(found: dict[str, Any]) -> list[str]:
     shown = ["measured on one thread, and chosen (the numbers are the same either way):"]
     shown += [f"  {c['question']}: {c['chosen']}{_times(c['times'])}" for c in found["choices"]]
+    shown += ["measured, and left as it is (another way gives other last bits):"]
+    shown += [
+        f"  attention of track {TRACK} in {p}: {a['is']}{_times(a['times'])}" for p, a in found["attention"].items()
+    ]
     precision = found["precision"]
     shown += [
-        f"a training step of track {precision['track']}, which says {precision['is']}:{_times(precision['times'])}"
+        f"  a training step of track {precision['track']}, which says {precision['is']}:{_times(precision['times'])}"
     ]
     if precision["advice"]:
-        shown += [f"  bf16 is slow on this machine: {precision['advice']}"]
+        shown += [f"    bf16 is slow on this machine: {precision['advice']}"]
     return shown
 
 

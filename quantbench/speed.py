@@ -56,6 +56,33 @@ def grid_seconds(track: Track) -> float:
     return OVERHEAD * passes * found["w8a8-token"] * factor / 1e3
 
 
+def attention_times(track: Track) -> "dict[str, Times]":
+    """Milliseconds of softmax attention and its gradients by SDPA and by explicit products, by precision.
+
+    Their last bits differ, so that `attention.Softmax` goes one way for each, always: SDPA in fp32, products in bf16.
+    """
+    from quantbench.attention import Softmax, attend
+
+    def ways(precision: str) -> "Ways":
+        import torch
+        from torch.nn.functional import scaled_dot_product_attention
+
+        shape = (track.batch, track.model.heads, track.length, track.model.width // track.model.heads)
+        dtype, form = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision], Softmax()
+        q, k, v = (torch.randn(shape, dtype=dtype, requires_grad=True) for _ in range(3))
+        both: dict[str, Callable[[], Tensor]] = {
+            "products": lambda: form.attend(q, k, v, None) if precision == "bf16" else attend(form, q, k, v, None),
+            "SDPA": lambda: scaled_dot_product_attention(q, k, v, is_causal=True),
+        }
+
+        def with_gradients(run: "Callable[[], Tensor]") -> Callable[[], object]:
+            return lambda: torch.autograd.grad(run().sum(), (q, k, v))
+
+        return {name: with_gradients(run) for name, run in both.items()}
+
+    return {p: _measured(f"attention in {p}", track, partial(ways, p)) for p in ("fp32", "bf16")}
+
+
 def bench_seconds(track: Track, runs: int, workers: int, precision: str | None = None) -> float:
     """What so many runs of a track take from nothing, about, so many at a time; in the track's precision or another."""
     step = step_times(track)[precision or track.precision] / 1e3
