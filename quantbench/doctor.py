@@ -160,15 +160,16 @@ def _choices(track: Track, missing: list[Missing]) -> dict[str, Any]:
     from quantbench.ops import measured
     from quantbench.speed import BY_SET, attention_times, bf16_is_slow, step_times
 
-    steps = step_times(track)
-    slow = track.precision == "bf16" and bf16_is_slow(steps) and device().type == "cpu"
+    steps, on_cpu = step_times(track), device().type == "cpu"
+    attention = attention_times(track) if on_cpu else {}
+    slow = track.precision == "bf16" and bf16_is_slow(steps) and on_cpu
     if (kept := measured.file()) is None:
         missing.append(
             Missing("a cache folder", "every process measures anew which way is faster", "make ~/.cache writable")
         )
     return {
         "kept": kept and str(kept), "choices": [choice._asdict() for choice in choices()],
-        "attention": {p: {"is": FIXED[p], "times": each} for p, each in attention_times(track).items()},
+        "attention": {p: {"is": FIXED[p], "times": each} for p, each in attention.items()},
         "precision": {"track": TRACK, "is": track.precision, "times": steps, "advice": BY_SET if slow else None},
     }  # fmt: skip
 

@@ -35,9 +35,13 @@ BATCH = 32  # held-out sequences of a pass
 OVERHEAD = 1.5  # the grid over its evaluation passes alone: calibration, fitting, SQNR, lm-eval; measured on `text`
 START = 20.0  # seconds until a worker trains: imports, reading the corpus
 
-# What can be done about it: of `bench`, and of every verb.
+# What can be done about it: of `bench`, and of every verb. Recipes state their learning rates by the track's name, and
+# records go by it: so a copy keeps the name, and its records need a folder of their own.
 BY_SET = "add `--set precision=fp32` (into a scratch folder, never onto the leaderboard)"
-BY_COPY = "let a copy of the track's file say `precision: fp32`, and name it by --track"
+BY_COPY = (
+    "give --track a copy of its file, of the same name in another folder, that says `precision: fp32` "
+    "(and --results a folder of its own, where there are any)"
+)
 
 
 def step_times(track: Track) -> "Times":

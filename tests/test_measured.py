@@ -288,6 +288,13 @@ def test_nobody_is_told_where_bf16_is_fast_or_nothing_is_trained_in_it(jobs: lis
     assert "training 2 runs" in told
 
 
+def test_a_copy_of_the_track_under_its_name_does_what_is_advised(jobs: list[Job], tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    copy = tmp_path / "elsewhere" / "tiny.yaml"
+    copy.write_text(TRACK.replace("precision: bf16", "precision: fp32"))
+    assert load_track(str(copy), tmp_path) == ("tiny", replace(jobs[0].track, precision="fp32"))
+
+
 def test_bench_says_it_before_it_trains(jobs: list[Job], capfd: pytest.CaptureFixture[str]) -> None:
     put_steps(jobs[0].track, fp32=104.0, bf16=796.0)
     assert main(["bench", "baseline", "--alone", "--track", "tiny", "--seeds", "1", "--jobs", "1"]) == 0
