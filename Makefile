@@ -60,12 +60,12 @@ format: $(TOOLS)  ## rewrite the sources in the project's format
 leaderboard: setup  ## render the tables and figures of results/ again
 	@$(BIN)/quantbench leaderboard
 
-perf: $(TOOLS)  ## benchmarks, as ratios against a peer in the same run, into results/perf/
+perf: $(TOOLS)  ## benchmarks, as ratios to a peer in the same run, into results/perf/; fails where a goal is missed
 	@$(BIN)/python -m tests.perf
 
 gpu: $(SETUP:$(STAMP)=$(TOOLS))  ## on a machine with a CUDA device: its tests, benchmarks and the track text-gpu; run again, it resumes
 	@$(BIN)/python -m pytest -m gpu
-	@$(BIN)/python -m tests.perf
+	@$(BIN)/python -m tests.perf || echo "going on: goals of speed are no reason to stop"
 	@$(BIN)/python -m quantbench bench $(GPU) --track text-gpu --seeds $(SEEDS)
 
 # Three layers before one: the residual peak, on which the paper's claims hang, needs them.

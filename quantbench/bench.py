@@ -24,6 +24,7 @@ from datetime import UTC, datetime
 from functools import cache, cached_property
 from importlib import metadata
 from importlib.util import find_spec
+from math import ceil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -298,6 +299,16 @@ def check(jobs: list[Job], store: Store) -> None:
         raise ValueError(f"track {name}: {error}") from None
 
 
+def to_train(jobs: list[Job], store: Store) -> list[Job]:
+    """Those whose checkpoint the store lacks, one of each that share it."""
+    found: dict[str, Job] = {}
+    for job in jobs:
+        stages = Stages(job, store, False, lambda *_: None)
+        if not job.track.pretrained and store.load("pretrain", stages.trained) is None:
+            found.setdefault(digest(stages.trained), job)
+    return list(found.values())
+
+
 def export(job: Job, store: Store, quantizer: Any, folder: Path, say: Say = lambda *_: None) -> dict[str, float] | None:
     """Saves the job's model, quantized, in a folder (`packed.load` reads it): its report, and `bytes` on disk.
 
@@ -448,6 +459,7 @@ def environment() -> dict[str, Any]:
 
     from quantbench.ops import implementation
 
+    # An instruction set says by which code torch computes, and so what the last bits are; never how fast it is.
     low = torch.ops.mkldnn._is_mkldnn_bf16_supported() if device().type == "cpu" else False
     kind = "cpu" if device().type == "cpu" else torch.cuda.get_device_name()
     cpu = f"{_vendor()} {torch.backends.cpu.get_cpu_capability()}{' bf16' if low else ''}"
@@ -517,8 +529,27 @@ def first_seeds(track: Track, count: int) -> tuple[int, ...]:
 
 
 def default_jobs() -> int:
-    """One run a core; one on a GPU."""
-    return 1 if device().type == "cuda" else len(os.sched_getaffinity(0))
+    """One run a core that this process may use; one on a GPU."""
+    if device().type == "cuda":
+        return 1
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(cores, _quota(Path("/sys/fs/cgroup")) or cores))
+
+
+def _quota(cgroup: Path) -> int | None:
+    """The cores' time that a container is given, in whole cores; None where it is not limited (Linux control groups).
+
+    A container of two cores' time on a machine of 64 sees all 64: so many runs would only be in each other's way.
+    """
+    try:
+        if (unified := cgroup / "cpu.max").is_file():
+            quota, period = unified.read_text().split()
+        else:
+            quota, period = ((cgroup / "cpu" / f"cpu.cfs_{name}_us").read_text() for name in ("quota", "period"))
+        cores = ceil(int(quota) / int(period))
+    except (OSError, ValueError, ZeroDivisionError):  # "max", or no control groups
+        return None
+    return cores if cores > 0 else None  # -1: not limited
 
 
 def _pooled(figures: Any) -> Any:

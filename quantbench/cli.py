@@ -299,6 +299,10 @@ def export(arguments: argparse.Namespace) -> int:
     from quantbench.bench import export as exported
 
     torch.set_num_threads(1)  # as in `bench`: a checkpoint's last bits depend on it
+    from quantbench.speed import BY_COPY, advice
+
+    if line := advice([job], _store(), 1, BY_COPY):
+        print(f"quantbench: {line}", file=sys.stderr, flush=True)
     report = exported(job, _store(), quantizer, Path(arguments.to), _say)
     if report is None:
         print(f"{job}: diverged; nothing to export", file=sys.stderr)
@@ -470,6 +474,26 @@ def store(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def doctor(arguments: argparse.Namespace) -> int:
+    """Say what this machine has and lacks, which paths were measured fastest, and how long the first command takes."""
+    import json
+
+    from quantbench import doctor as doctoring
+
+    if arguments.again:
+        from quantbench.ops.measured import forget
+
+        forget()
+    found: dict[str, Any] = {}
+    for section, what in doctoring.examine(root()):
+        found[section] = what
+        for line in [] if arguments.json else doctoring.lines(section, what):
+            print(line, flush=True)
+    if arguments.json:
+        print(json.dumps(found, indent=1, sort_keys=True, allow_nan=False, ensure_ascii=False))
+    return 0 if found["ready"]["ready"] else 2
+
+
 # --- arguments -------------------------------------------------------------------------------------------------------
 
 JOBS = whole_number(1, 1024)
@@ -539,6 +563,9 @@ def _parser() -> argparse.ArgumentParser:
     relates.add_argument("--results", metavar="DIR")
     relates.add_argument("--json", action="store_true", help="one JSON object")
     cli_models.add(verb)
+    examines = verb("doctor", doctor)
+    examines.add_argument("--json", action="store_true", help="one JSON object")
+    examines.add_argument("--again", action="store_true", help="forget what was measured before, and measure anew")
     verb("carry", carry).add_argument("track", metavar="TRACK", help="whose task reads text, such as text-gpu")
     verb("store", store).add_argument(
         "--prune", action="store_true", help="drop partial work and cells unused for 30 days"

@@ -26,7 +26,7 @@ from quantbench.mitigations import Mitigation, fold_projection
 from quantbench.quantizers import Quantizer
 from quantbench.recipe import Track
 from quantbench.tasks import Data
-from quantbench.trace import ExtremeRule, extreme_tokens, measure, random_mask, sqnr
+from quantbench.trace import ExtremeRule, block_outputs, extreme_tokens, measure, random_mask, sqnr
 
 BATCH = 32  # held-out sequences a pass, at most
 PASS = 1 << 28  # bytes of log-probabilities a pass
@@ -59,6 +59,7 @@ class Reference:
         for whose, ids in (("held-out sequences", self.ids_NT), ("calibration sequences", calibration_NT)):
             check_ids(self.model, ids, whose)
         self._kept: dict[int, Tensor] = {}
+        self._likeliest: dict[int, Tensor] = {}
         fold_projection(self.model)
         self.prepared = self.mitigation.prepare(
             self.model, Calibration([(ids_BT, None) for ids_BT in self.calibration])
@@ -99,6 +100,23 @@ class Reference:
             self._kept[index] = found
         return found
 
+    def likeliest(self, index: int) -> Tensor:
+        """The id that the model holds for the likeliest at every position of batch `index`, [B, T]."""
+        if index not in self._likeliest:
+            self._likeliest[index] = self.log_probabilities(index).argmax(-1)
+        return self._likeliest[index]
+
+    @cached_property
+    def traced_outputs(self) -> list[list[Tensor]] | None:
+        """The residual stream after each block, [B, T, D], of every traced batch; None where they are too large."""
+        found, size = [], 0
+        for ids_BT in self.traced:
+            found.append(block_outputs(self.model, ids_BT))
+            size += sum(hidden_BTD.nbytes for hidden_BTD in found[-1])
+            if size * len(self.traced) > MEMORY * len(found):
+                return None
+        return found
+
     @cached_property
     def nll_NT(self) -> Tensor:
         """Loss of every token, [N, T], nats."""
@@ -127,7 +145,9 @@ def quantized(reference: Reference, quantizer: Quantizer, exemption: bool) -> tu
     figures = _compare(reference, list(variants.values()))
     found = dict(zip(variants, figures, strict=True))
     whole = found["all"] | {"report": variants["all"].report, "exemption": None}
-    whole["sqnr"] = sqnr(reference.model, variants["all"].model, reference.traced, reference.rule)
+    whole["sqnr"] = sqnr(
+        reference.model, variants["all"].model, reference.traced, reference.rule, outputs=reference.traced_outputs
+    )
     if exempting:
         tokens = int(sum(mask_BT.sum() for mask_BT in reference.exempt["extreme"][1]))
         kept = ("damage", "kl", "sequence-losses")
@@ -168,7 +188,7 @@ def _compare(reference: Reference, variants: list[Variant]) -> list[Figures]:
             approximate_BTV = variant.log_probabilities(index, ids_BT)
             losses[i].append(nll(approximate_BTV, ids_BT))
             divergences[i].append((exact_BTV.exp() * (exact_BTV - approximate_BTV)).sum(-1))
-            agreed[i] += int((exact_BTV.argmax(-1) == approximate_BTV.argmax(-1)).sum())
+            agreed[i] += int((reference.likeliest(index) == approximate_BTV.argmax(-1)).sum())
     exact_loss = float(reference.nll_NT.double().mean())
     found = []
     for nll_NT, kl_NT, same in zip(map(torch.cat, losses), map(torch.cat, divergences), agreed, strict=True):

@@ -84,7 +84,7 @@ def pretrain(
         for group, peak in zip(optimizer.param_groups, peak_lrs):
             group["lr"] = peak * schedule(step, track)
         ids_BT = _tensor(data.training(seed, step * track.batch, track.batch, track.length), device)
-        loss = _step(model, mitigation, optimizer, ids_BT, track)
+        loss = update(model, mitigation, optimizer, ids_BT, track)
         state.losses.append(loss)
         reason = divergence(state.losses, track, data.vocab)
         progress(step + 1, loss)
@@ -145,7 +145,7 @@ def steady_memory() -> None:
             libc.mallopt(parameter, value)
 
 
-def _step(
+def update(
     model: QuantbenchModel, mitigation: Mitigation, optimizer: torch.optim.Optimizer, ids_BT: Tensor, track: Track
 ) -> float:
     """One update; the loss it returns is the cross-entropy alone, without any penalty."""

@@ -95,6 +95,10 @@ def each(
     if not missing:
         return
     check(missing, store)
+    from quantbench.speed import BY_COPY, BY_SET, advice
+
+    if line := advice(missing, store, workers, BY_SET if function is experiment else BY_COPY):
+        print(f"quantbench: {line}", file=sys.stderr, flush=True)
     with _progress(missing) as report:
         # Twice alone, where the memory is its own: what breaks then is broken.
         rounds = [1, 1] if min(workers, len(missing)) == 1 else [workers, 1, 1]

@@ -217,7 +217,7 @@ def token_losses(logits_BTV: Tensor, targets_BT: Tensor) -> Tensor:
     return torch.cat(parts, 1)
 
 
-def _block_outputs(
+def block_outputs(
     model: nn.Module, ids_BT: Tensor, layers: Sequence[int] | None = None, parts: Anatomy | None = None
 ) -> list[Tensor]:
     """The residual stream [B, T, D] after the layers asked for (default: all), of one batch."""
@@ -231,7 +231,7 @@ def _block_outputs(
 
 def peak_norms(model: nn.Module, ids_BT: Tensor, parts: Anatomy | None = None) -> Tensor:
     """Norms of the residual stream after each block, [L, B, T]."""
-    return torch.stack([Activations(hidden_BTD).norms_BT for hidden_BTD in _block_outputs(model, ids_BT, None, parts)])
+    return torch.stack([Activations(hidden_BTD).norms_BT for hidden_BTD in block_outputs(model, ids_BT, None, parts)])
 
 
 @dataclass(frozen=True)
@@ -255,7 +255,7 @@ class ExtremeRule:
 
     def mask(self, model: nn.Module, ids_BT: Tensor, parts: Anatomy | None = None) -> Tensor:
         """Bool [B, T], by a pass of the full-precision model."""
-        (hidden_BTD,) = _block_outputs(model, ids_BT, [self.layer], parts)
+        (hidden_BTD,) = block_outputs(model, ids_BT, [self.layer], parts)
         return self.of(hidden_BTD)
 
 
@@ -292,17 +292,19 @@ def sqnr(
     exempt: ExtremeRule,
     parts: Anatomy | None = None,
     quantized_parts: Anatomy | None = None,
+    outputs: Sequence[list[Tensor]] | None = None,
 ) -> dict[str, list[float | None]]:
     """10 log10(sum h^2 / sum (h - h_q)^2) of each block's output, in dB, over `all` and over `non-sink` tokens.
 
     None where it is undefined: the layer has no error, no signal, or is not finite. An SQNR that includes the
-    extreme tokens hides the damage to the others, whose signal is small beside theirs.
+    extreme tokens hides the damage to the others, whose signal is small beside theirs. `outputs`: the model's
+    `block_outputs` of every batch, where they are known.
     """
     signal: dict[str, Tensor | float] = {"all": 0.0, "non-sink": 0.0}
     noise: dict[str, Tensor | float] = {"all": 0.0, "non-sink": 0.0}
-    for ids_BT in batches:
-        exact = _block_outputs(model, ids_BT, None, parts)
-        approximate = _block_outputs(quantized, ids_BT, None, quantized_parts)
+    for index, ids_BT in enumerate(batches):
+        exact = block_outputs(model, ids_BT, None, parts) if outputs is None else outputs[index]
+        approximate = block_outputs(quantized, ids_BT, None, quantized_parts)
         signal_LBT = torch.stack([h.double().square().sum(-1) for h in exact])
         noise_LBT = torch.stack(
             [(h - q.to(h.device)).double().square().sum(-1) for h, q in zip(exact, approximate, strict=True)]

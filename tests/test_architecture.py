@@ -23,8 +23,9 @@ LAYERS = [
     ["cli"],
     ["cli_models"],
     ["face"],
-    ["tune"],
+    ["tune", "doctor"],
     ["sweep", "sites", "probe"],
+    ["speed"],
     ["bench", "leaderboard"],
     ["gallery", "claims", "answer", "tables"],
     ["board", "signatures"],
@@ -296,6 +297,7 @@ def test_the_verbs_and_their_flags_are_those_that_people_know() -> None:
         "heads": ["--domains", *model, "--revision", "--texts", "--top"],
         "ablate": ["--layers", *model, "--revision", "--text", "--windows"],
         "dynamics": [*model, "--revisions", "--text", "--windows"],
+        "doctor": ["--again", "--json"],
         "carry": [],
         "store": ["--prune"],
     }

@@ -18,6 +18,7 @@ from tiny import quantizer
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast
 
+from quantbench import evaluate, trace
 from quantbench.calibration import Calibration
 from quantbench.evaluate import Reference, full_precision, quantized
 from quantbench.harness import cut, harness, last_words
@@ -267,6 +268,17 @@ def test_sqnr_with_the_sink_hides_what_its_neighbours_suffer(sink: Reference) ->
     found = quantized(sink, quantizer("w8a8-static-residual"), exemption=False)[1]["sqnr"]
     for everyone, ordinary in zip(found["all"], found["non-sink"], strict=True):
         assert everyone > 15 + ordinary
+
+
+def test_what_is_kept_of_the_reference_changes_no_figure(sink: Reference, monkeypatch: pytest.MonkeyPatch) -> None:
+    entry = quantizer("w8a8-static-residual")
+    model, found = quantized(sink, entry, exemption=False)
+    assert sink.traced_outputs is not None
+    assert found["sqnr"] == trace.sqnr(sink.model, model, sink.traced, sink.rule)
+    monkeypatch.setattr(evaluate, "MEMORY", 0)
+    anew = Reference(sink.model, sink.data, sink.track)
+    assert quantized(anew, entry, exemption=False)[1] == found
+    assert anew.traced_outputs is None
 
 
 # --- text and lm-eval ------------------------------------------------------------------------------------------------

@@ -6,9 +6,9 @@ from tiny import RECIPES
 
 from quantbench import catalog
 from quantbench.results import sealed
-from tests.perf.contest import contest, quartiles, ratio
+from tests.perf.contest import Goal, contest, quartiles, ratio
 from tests.perf.recipes import trained
-from tests.perf.table import render
+from tests.perf.table import missed, render
 
 
 def test_ratios_are_those_of_the_same_round() -> None:
@@ -25,6 +25,13 @@ def test_a_contest_gives_a_row_to_each() -> None:
     assert rows[0]["ratio"] == 1.0
     assert rows[0]["quartiles"] == [1.0, 1.0]
     assert set(calls) == {"one", "two"}
+
+
+def test_a_goal_that_was_not_reached_is_a_line() -> None:
+    goals = {"two": [Goal("one", 1e-9), Goal("one", 1e9)]}
+    rows = contest("T", "c", {"one": lambda: None, "two": lambda: None}, "one", rounds=2, goals=goals)
+    (line,) = missed(rows)
+    assert line.startswith("T, c: two 1e+09 × faster than one (")
 
 
 def test_every_recipe_that_pretrains_is_timed() -> None:

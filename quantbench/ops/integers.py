@@ -11,10 +11,13 @@ rounding of a half. The asymmetric code is torchao's (`choose_qparams_affine`, Z
 Shapes: M rows, K input features, N output features; `...` any leading axes.
 """
 
-from functools import cache
+from functools import cache, partial
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
+
+from quantbench.ops.measured import Choice, Ways, fastest, times
 
 EXACT = 2**24  # float32 holds every integer up to it
 
@@ -92,29 +95,98 @@ def unpack_int4(packed: Tensor) -> Tensor:
 def product(x: Tensor, w: Tensor, x_most: int = 128, w_most: int = 128) -> Tensor:
     """x @ w.T of integers held as float32, rounded to float32 once: [..., K], [N, K] -> [..., N].
 
-    No |x| exceeds `x_most`, no |w| `w_most`; 128 stands for -128..127, which CPUs that multiply int8 exactly do.
-    CPUs and GPUs alike multiply float32 matrices fast, and exactly as long as no sum exceeds 2^24: so K is cut into
-    parts, and their sums are added as int32. TF32 and bf16 hold integers up to 2^8 exactly, and their products are
-    summed as float32, so that the result is the same.
+    No |x| exceeds `x_most`, no |w| `w_most`; 128 stands for -128..127, which some CPUs multiply as int8: where that is
+    exact, and was measured to be faster, it is done. CPUs and GPUs alike multiply float32 matrices fast, and exactly as
+    long as no sum exceeds 2^24: so K is cut into parts. TF32 and bf16 hold integers up to 2^8 exactly, and their
+    products are summed as float32. The result is the same either way.
     """
     K, largest = x.shape[-1], x_most * w_most
     assert K * largest < 2**31, "an int32 could overflow"
-    int8 = max(x_most, w_most) <= 128 and x.device.type == "cpu" and _multiplies_int8()
-    if int8 and K > 1 and x.numel() > K:  # of a single row or column torch may take one for the other
-        sums_MN = torch._int_mm(x.flatten(0, -2).to(torch.int8), w.to(torch.int8).T)
-        return sums_MN.float().unflatten(0, x.shape[:-1])
-    with torch.autocast(x.device.type, enabled=False):  # it would round the sums to bf16
-        if K * largest <= EXACT:
-            return x @ w.T
-        parts = zip(x.split(EXACT // largest, -1), w.split(EXACT // largest, -1), strict=True)
-        first, *rest = ((a @ b.T).to(torch.int32) for a, b in parts)
-        for part in rest:
-            first += part
-        return first.float()
+    fits = max(x_most, w_most) <= 128 and x.device.type == "cpu"
+    # Of a single row or column torch may take one for the other.
+    if fits and K > 1 and x.numel() > K and int8_is_faster(x.numel() // K, w.numel()):
+        return in_int8(x, w)
+    return in_float32(x, w, largest)
+
+
+def in_int8(x: Tensor, w: Tensor) -> Tensor:
+    """`product` by torch's int8 product, which not every CPU has exactly; x of at least two rows and columns."""
+    sums_MN = torch._int_mm(x.flatten(0, -2).to(torch.int8), w.to(torch.int8).T)
+    return sums_MN.float().unflatten(0, x.shape[:-1])
+
+
+def in_float32(x: Tensor, w: Tensor, largest: int) -> Tensor:
+    """`product` by float32's, which is exact everywhere; no product of two integers exceeds `largest`."""
+    if torch.is_autocast_enabled(x.device.type):  # it would round the sums to bf16
+        with torch.autocast(x.device.type, enabled=False):
+            return in_float32(x, w, largest)
+    if x.shape[-1] * largest <= EXACT:
+        return F.linear(x, w)
+    parts = zip(x.split(EXACT // largest, -1), w.split(EXACT // largest, -1), strict=True)
+    first, *rest = (F.linear(a, b) for a, b in parts)
+    if len(rest) == 1:
+        return first.add_(rest[0])  # both are exact, so that their sum is rounded once
+    sums = first.to(torch.int32)
+    for part in rest:
+        sums += part.to(torch.int32)
+    return sums.float()
+
+
+FEW, MANY = (
+    4,
+    32,
+)  # rows by which it is measured: where there are few, turning the weights into int8 is most of the work
+SMALL, LARGE = (192, 64), (1536, 576)  # weights, N x K: of the track `text`, of SmolLM2
+CASES = [(rows, weights) for weights in (SMALL, LARGE) for rows in (FEW, MANY)]
+
+
+def int8_is_faster(rows: int, weights: int) -> bool:
+    """Whether the int8 product of this CPU is exact, and faster than float32's, by the likest of the measured cases."""
+    likest = SMALL if weights <= LARGE[0] * LARGE[1] // 8 else LARGE
+    return fastest_product(FEW if rows < MANY // 4 else MANY, likest) == "int8"
+
+
+def fastest_product(rows: int, weights: tuple[int, int]) -> str:
+    """Which of the two wins one of CASES, `int8` or `float32`."""
+    if not _multiplies_int8(torch._C._get_mkldnn_enabled()):
+        return "float32"
+    return fastest(question(rows, weights), partial(ways, rows, weights))
 
 
 @cache
-def _multiplies_int8() -> bool:
-    """Whether the int8 product of this CPU is exact: without VNNI, sums of two products saturate at 2^15."""
-    ends = torch.tensor([[-128, 127], [127, -128], [-128, -128], [127, 127]], dtype=torch.int8).repeat(8, 64)
-    return torch.equal(torch._int_mm(ends, ends.T), ends.int() @ ends.int().T)
+def question(rows: int, weights: tuple[int, int]) -> str:
+    """The name of a case."""
+    return f"exact integer product, {rows} x {weights[1]} x {weights[0]}"
+
+
+def ways(rows: int, weights: tuple[int, int]) -> Ways:
+    """The two ways to the same product."""
+    generator = torch.Generator().manual_seed(0)
+    x_MK, w_NK = (
+        torch.randint(-127, 128, shape, generator=generator).float() for shape in ((rows, weights[1]), weights)
+    )
+    return {"float32": lambda: in_float32(x_MK, w_NK, 128 * 128), "int8": lambda: in_int8(x_MK, w_NK)}
+
+
+def choices() -> list[Choice]:
+    """What was chosen in each of CASES, measured where it was not before."""
+    exact = _multiplies_int8(torch._C._get_mkldnn_enabled())
+    return [
+        Choice(
+            question(*case) + ("" if exact else " (int8 is not exact here)"),
+            fastest_product(*case),
+            times(question(*case), partial(ways, *case)) if exact else {},
+        )
+        for case in CASES
+    ]
+
+
+@cache
+def _multiplies_int8(onednn: bool) -> bool:
+    """Whether the int8 product of this CPU is exact: without VNNI, sums of two products may saturate at 2^15."""
+    for M, K, N in ((2, 64, 192), (32, 128, 32), (MANY, 577, 96)):
+        ends = torch.tensor([-128, 127, 127, -128, -128, -128, 127, 127], dtype=torch.int8)
+        x_MK, w_NK = (ends.repeat(rows * K // 8 + 1)[: rows * K].view(rows, K) for rows in (M, N))
+        if not torch.equal(torch._int_mm(x_MK, w_NK.T), x_MK.int() @ w_NK.int().T):
+            return False
+    return True

@@ -44,18 +44,18 @@ def library(source: Path) -> ctypes.CDLL | None:
 
 @functools.cache
 def _library(source: Path) -> ctypes.CDLL | None:
-    compiler = _compiler()
-    if compiler is None:
+    command = compiler()
+    if command is None:
         _say(f"no C++ compiler found (install g++ or clang++, or set CXX){FALLBACK}")
         return None
     try:
-        name = _digest(source, compiler) + ".so"
+        name = _digest(source, command) + ".so"
         try:
-            with _locked(_cache()) as folder:
-                return _load(source, compiler, folder / name)
+            with _locked(cache_folder("native")) as folder:
+                return _load(source, command, folder / name)
         except OSError:  # no such folder to be had, a full disk, no locks on it
             with tempfile.TemporaryDirectory(prefix="quantbench-") as folder:
-                return _load(source, compiler, Path(folder) / name)
+                return _load(source, command, Path(folder) / name)
     except (OSError, RuntimeError, subprocess.SubprocessError) as error:
         _say(f"{error}{FALLBACK}")
         return None
@@ -65,7 +65,8 @@ def _say(line: str) -> None:
     print(f"quantbench: {line}", file=sys.stderr, flush=True)
 
 
-def _compiler() -> list[str] | None:
+def compiler() -> list[str] | None:
+    """The words that call a C++ compiler; None where there is none."""
     for command in (os.environ.get("CXX", ""), "c++", "g++", "clang++"):
         words = shlex.split(command)
         if words and shutil.which(words[0]):
@@ -75,12 +76,12 @@ def _compiler() -> list[str] | None:
 
 def _digest(source: Path, compiler: list[str]) -> str:
     version = subprocess.run([*compiler, "--version"], capture_output=True, check=True, timeout=PATIENCE).stdout
-    parts = [source.read_bytes(), repr([compiler, FLAGS, VARIANTS]).encode(), version, _features().encode()]
+    parts = [source.read_bytes(), repr([compiler, FLAGS, VARIANTS]).encode(), version, features().encode()]
     return hashlib.sha256(b"".join(hashlib.sha256(part).digest() for part in parts)).hexdigest()[:32]
 
 
-def _features() -> str:
-    """What -march=native depends on."""
+def features() -> str:
+    """What the processor is and can do: what -march=native depends on."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -89,10 +90,10 @@ def _features() -> str:
     return "\n".join([platform.system(), platform.machine(), platform.processor(), *sorted(kept)])
 
 
-def _cache() -> Path:
-    """The folder of compiled kernels, which only the user can write to; OSError where there is none."""
+def cache_folder(part: str) -> Path:
+    """A folder of the user's cache, which only the user can write to; OSError where there is none."""
     base = os.environ.get("XDG_CACHE_HOME", "")
-    folder = (Path(base) if os.path.isabs(base) else _home() / ".cache") / "quantbench" / "native"
+    folder = (Path(base) if os.path.isabs(base) else _home() / ".cache") / "quantbench" / part
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     found = folder.lstat()
     if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid():
@@ -133,7 +134,7 @@ def _load(source: Path, compiler: list[str], path: Path) -> ctypes.CDLL:
 def _whole(path: Path) -> bool:
     """Whether it is the user's own file, with the bytes that were noted when it was built."""
     try:
-        content, noted = _read_own(path), _read_own(_note(path))
+        content, noted = read_own(path), read_own(_note(path))
     except OSError:
         return False
     return hashlib.sha256(content).hexdigest().encode() == noted
@@ -143,7 +144,8 @@ def _note(path: Path) -> Path:
     return path.with_name(path.name + ".sha256")
 
 
-def _read_own(path: Path) -> bytes:
+def read_own(path: Path) -> bytes:
+    """The bytes of a file that the user alone can write to; OSError where it is none."""
     with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NOFOLLOW | os.O_NONBLOCK)) as file:
         found = os.fstat(file.fileno())
         if not stat.S_ISREG(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o022:

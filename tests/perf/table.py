@@ -5,14 +5,15 @@ from pathlib import Path
 
 from quantbench.results import load
 
-PARTS = ("statistics", "products", "attention", "training", "recipes")  # in the order of the page
+PARTS = ("statistics", "products", "grid", "attention", "training", "recipes")  # in the order of the page
 
 HEADER = """# Speed
 
 Rendered by `make perf` from the files of this folder, one per machine. Times are medians over rounds in which all
-contestants of a case take turns; a ratio is the median over rounds of a time over the anchor's: below 1 is faster; in
-brackets, where they are known, the quartiles of the rounds' ratios.
-A goal is met (✓) or missed (✗) by the ratio to the contestant it names.
+contestants of a case take turns (on one thread: those that the process worked); a ratio is the median over rounds of a
+time over the anchor's: below 1 is faster; in brackets, where they are known, the quartiles of the rounds' ratios.
+A goal is met (✓) or missed (✗) by the ratio to the contestant it names. *Emulated* is a CPU that had more, used as one
+with AVX2 and nothing newer.
 """
 
 
@@ -31,6 +32,16 @@ def render(folder: Path) -> str:
                 lines += ["| --- | --- | --: | --: | --- |"]
                 lines += [_line(row) for row in rows] + [""]
     return "\n".join(lines)
+
+
+def missed(rows: list[dict]) -> list[str]:
+    """The goals that were not reached, a line each."""
+    return [
+        f"{row['table']}, {row['case']}: {row['what']} {goal['goal']} ({goal['ratio']:.3g})"
+        for row in rows
+        for goal in row["goals"]
+        if goal["ratio"] > goal["at-most"]
+    ]
 
 
 def _line(row: dict) -> str:

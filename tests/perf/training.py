@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from quantbench.face import root
 from quantbench.mitigations import Settings
 from quantbench.model import initialise
-from quantbench.pretrain import _step, build, steady_memory
+from quantbench.pretrain import build, steady_memory, update
 from quantbench.recipe import Track, load_recipe, load_track
+from quantbench.speed import bf16_is_slow, step_times
 from quantbench.strict import dump
 from tests.perf.contest import Row, contest, threads
 
@@ -106,14 +107,16 @@ def our_loop(recipe: str, track: Track, data: object, device: str) -> Callable[[
 
     def step() -> None:
         ids = data.training(0, next(count) * track.batch, track.batch, track.length)  # type: ignore[attr-defined]
-        _step(model, mitigation, optimizer, torch.from_numpy(ids).to(device), track)
+        update(model, mitigation, optimizer, torch.from_numpy(ids).to(device), track)
 
     return step
 
 
 def opened(device: str) -> tuple[str, Track, Any]:
-    """The track whose step is measured on this device: its name, itself, its data."""
+    """The track whose step is measured on this device: its name, itself, its data. In fp32 where bf16 is slow."""
     name, track = load_track("text" if device == "cpu" else "text-gpu", root())
+    if device == "cpu" and bf16_is_slow(step_times(track)):
+        track = replace(track, precision="fp32")
     return name, track, track.task.open(root() / ".quantbench")  # type: ignore[attr-defined]
 
 
