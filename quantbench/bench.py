@@ -119,7 +119,7 @@ class Stages:
 
             length = self.job.track.length
             self.trained = {"version": VERSIONS["given"], "model": identity(given, self.store.root), "length": length}
-            evaluated |= {"data": self.data.digest, "environment": here, "length": length}
+            evaluated |= {"data": self.data.digest, "bos": self.data.bos, "environment": here, "length": length}
         else:
             self.trained = {
                 "version": VERSIONS["pretrain"], "recipe": _pretraining(self.job),
