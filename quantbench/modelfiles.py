@@ -4,7 +4,8 @@ Nothing is loaded here, and nothing heavy imported: what bytes, sizes and names 
 a file. That is cheap, and keeps out what libraries answer with a crash, a hang or all of the memory.
 
 Which files decide a model's numbers is nowhere listed: a tokenizer's class may read any name. So everything in the
-folder counts, but what nobody reads as a part of a model: pictures, documents, code, pickled weights, hidden files.
+folder counts, but what nobody reads as a part of a model: pictures, documents, code, pickled weights, hidden files, and
+weights that are neither model.safetensors nor in the index.
 
 No link leads out of a folder. A snapshot in the hub's cache is a folder of links to ../../blobs: there, they may lead
 anywhere inside the cache of that one model (models--owner--name), and no further.
@@ -25,6 +26,7 @@ from quantbench.strict import quote
 PICKLED = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".msgpack", ".h5")
 UNREAD = (*PICKLED, ".md", ".rst", ".html", ".pdf", ".png", ".jpg", ".jpeg", ".gif", ".svg", ".webp", ".py", ".gguf",
           ".onnx", ".tflite", ".ot", ".log")  # fmt: skip
+WEIGHTS = ".safetensors"
 ABOUT = "quantbench.json"  # in the folder of a short name: what it was made of, and the sha256 of every file
 REMOTE = "names code of its own (auto_map), which is never run: take an architecture of transformers itself"
 
@@ -32,11 +34,12 @@ REMOTE = "names code of its own (auto_map), which is never run: take an architec
 TEXT = 16 << 20  # bytes of a JSON file
 TOKENIZER = 256 << 20  # bytes of a tokenizer's file
 HEADER = 32 << 20  # bytes of the header of a safetensors file
-LAYERS = 1024
+LAYERS = 512
 SIZE = 2**31 - 1
 
-BITS = {"F64": 64, "F32": 32, "F16": 16, "BF16": 16, "I64": 64, "I32": 32, "I16": 16, "I8": 8, "U64": 64, "U32": 32,
-        "U16": 16, "U8": 8, "BOOL": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "C64": 64}  # fmt: skip
+WEIGHED = {"F64": 64, "F32": 32, "F16": 16, "BF16": 16}  # types of weights, and their bits
+OTHER = {"I64": 64, "I32": 32, "I16": 16, "I8": 8, "U64": 64, "U32": 32, "U16": 16, "U8": 8, "BOOL": 8}  # of buffers
+BUFFERS = (".inv_freq", ".masked_bias", ".attn.bias", ".attention.bias", ".position_ids")  # once saved, read by nobody
 LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\.")  # in the name of a tensor: the layer it is of
 
 # What decides the shape of the computation, and has no default that means anything: by the names that it goes under.
@@ -55,26 +58,31 @@ class AlteredError(Exception):
 # --- one file --------------------------------------------------------------------------------------------------------
 
 
-def files(folder: Path) -> list[Path]:
-    """Every file of a model's folder that may decide its numbers, by name.
+def texts(folder: Path) -> list[Path]:
+    """Every file beside the weights that may decide a model's numbers, by name.
 
     ValueError, one line, for a link that leads out or nowhere, and for what is no regular file (reading a pipe hangs).
     """
-    inside, found = _inside(folder), []
-    for path in sorted(folder.iterdir()):
-        if path.suffix.lower() in UNREAD or path.name.startswith(".") or path.name == ABOUT:
-            continue
-        try:
-            real = Path(os.path.realpath(path, strict=True))
-        except OSError:
-            raise ValueError(f"{_shown(path)}: a link that leads nowhere: put the file itself there") from None
-        if not real.is_relative_to(inside):
-            raise ValueError(f"{_shown(path)}: a link that leads out of the folder: put the file itself there")
-        if real.is_dir():
-            continue
-        check_regular(real, path)
-        found.append(path)
-    return found
+    return [
+        path
+        for path in sorted(folder.iterdir())
+        if path.suffix.lower() not in (*UNREAD, WEIGHTS) and not path.name.startswith(".") and path.name != ABOUT
+        if _is_file(path, _inside(folder))
+    ]
+
+
+def _is_file(path: Path, inside: Path) -> bool:
+    """Whether it is a file, where nothing forbids to read it; a folder is none, and is not read."""
+    try:
+        real = Path(os.path.realpath(path, strict=True))
+    except OSError:
+        raise ValueError(f"{_shown(path)}: a link that leads nowhere: put the file itself there") from None
+    if not real.is_relative_to(inside):
+        raise ValueError(f"{_shown(path)}: a link that leads out of the folder: put the file itself there")
+    if real.is_dir():
+        return False
+    check_regular(real, path)
+    return True
 
 
 def _inside(folder: Path) -> Path:
@@ -90,10 +98,10 @@ def check_regular(path: Path, called: Path | None = None) -> None:
         raise ValueError(f"{_shown(called or path)}: no regular file: a model is made of files alone")
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path, most: int = TEXT) -> dict[str, Any]:
     """The object in a file of a model; ValueError, one line, where it holds none, or a key twice."""
-    if path.stat().st_size > TEXT:
-        raise ValueError(f"{_shown(path)}: more than {TEXT >> 20} MiB of JSON: no file of a model")
+    if path.stat().st_size > most:
+        raise ValueError(f"{_shown(path)}: more than {most >> 20} MiB of JSON: no file of a model")
     return _object(path.read_bytes(), path)
 
 
@@ -126,12 +134,12 @@ def _shown(path: Path) -> str:
 
 def check_weights(folder: Path, config: dict[str, Any]) -> int:
     """How many numbers the weights hold. ValueError, one line, where they are not sound, or not of this config."""
-    weights = _weights(folder)
-    for path in weights:
+    found = weights(folder)
+    for path in found:
         if path.stat().st_size > 2 * memory():  # even at half of the bits
             raise ValueError(f"{_shown(path)}: {path.stat().st_size:,} bytes are more than this machine's memory holds")
     elements, layers, seen = 0, set(), set()
-    for path in weights:
+    for path in found:
         for name, shape in _header(path).items():
             if name in seen:
                 raise ValueError(f"{_shown(path)}: the tensor {quote(name)} is in two files")
@@ -153,13 +161,10 @@ def check_texts(folder: Path) -> dict[str, Any]:
     if not folder.is_dir():
         raise ValueError(f"{_shown(folder)}: no such folder")
     config_path = folder / "config.json"
-    found = files(folder)
-    names = {path.name: path for path in found}
+    names = {path.name: path for path in texts(folder)}
     if "config.json" not in names:
         raise ValueError(f"{_shown(folder)}: no config.json: a folder that `save_pretrained` wrote is needed")
-    for path in found:
-        if path.suffix == ".safetensors":
-            continue
+    for path in names.values():
         if path.stat().st_size > TOKENIZER:
             raise ValueError(f"{_shown(path)}: {path.stat().st_size:,} bytes: no file of a model")
     for name in ("tokenizer_config.json", "generation_config.json", "special_tokens_map.json", "added_tokens.json"):
@@ -216,13 +221,13 @@ def memory() -> int:
 
 
 def digest(folder: Path) -> str:
-    """sha256 (hex) over the names and bytes of `files`."""
+    """sha256 (hex) over the names and bytes of every file that may decide a model's numbers."""
     return combined(digests(folder))
 
 
 def digests(folder: Path) -> dict[str, str]:
-    """Name -> sha256 (hex) of each of `files`."""
-    return {path.name: sha256(path) for path in files(folder)}
+    """Name -> sha256 (hex) of each of them; ValueError as `texts` and `weights`."""
+    return {path.name: sha256(path) for path in (*texts(folder), *weights(folder))}
 
 
 def combined(found: dict[str, str]) -> str:
@@ -246,31 +251,33 @@ def _sha256(path: Path, *_: int) -> str:
 # --- weights ---------------------------------------------------------------------------------------------------------
 
 
-def _weights(folder: Path) -> list[Path]:
+def weights(folder: Path) -> list[Path]:
     """The files that transformers takes the weights from: the one of all, or those of the index."""
-    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
-    indexed = _indexed(folder, index) if index.is_file() else []
-    if found := [single] if single.is_file() else indexed:
+    single, index = folder / f"model{WEIGHTS}", folder / f"model{WEIGHTS}.index.json"
+    parts = sorted(path for path in folder.iterdir() if path.suffix == WEIGHTS)
+    here = [path.name for path in parts if _is_file(path, _inside(folder))]
+    indexed = _indexed(index, here) if index.is_file() else []
+    if found := [single] if single.name in here else indexed:
         return found
-    if parts := sorted(path.name for path in folder.iterdir() if path.suffix == ".safetensors"):
-        raise ValueError(f"{_shown(folder)}: {quote(parts[0])} without model.safetensors.index.json: fetch it, too")
+    if here:
+        raise ValueError(f"{_shown(folder)}: {quote(here[0])} without {index.name}: fetch it, too")
     pickled = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLED)
     if not pickled:
-        raise ValueError(f"{_shown(folder)}: no .safetensors in it")
+        raise ValueError(f"{_shown(folder)}: no {WEIGHTS} in it")
     raise ValueError(
         f"{_shown(folder)}: its weights are pickled ({pickled[0]}), which runs code when it is read: load them where "
         "they are trusted, and write `save_pretrained(folder)`"
     )
 
 
-def _indexed(folder: Path, index: Path) -> list[Path]:
+def _indexed(index: Path, here: list[str]) -> list[Path]:
     named = read_json(index).get("weight_map")
     if not isinstance(named, dict) or not named or not all(isinstance(name, str) for name in named.values()):
         raise ValueError(f"{_shown(index)}: no index of safetensors")
     for name in sorted(set(named.values())):
-        if Path(name).name != name or not name.endswith(".safetensors") or not (folder / name).is_file():
+        if name not in here:
             raise ValueError(f"{_shown(index)}: it names {quote(name)}, which is no file of this folder")
-    return [folder / name for name in sorted(set(named.values()))]
+    return [index.parent / name for name in sorted(set(named.values()))]
 
 
 def _header(path: Path) -> dict[str, list[int]]:
@@ -286,13 +293,18 @@ def _header(path: Path) -> dict[str, list[int]]:
     at = []
     for name, entry in header.items():
         try:
-            bits, shape, (begin, end) = BITS[entry["dtype"]], entry["shape"], entry["data_offsets"]
+            bits, shape, (begin, end) = (WEIGHED | OTHER)[entry["dtype"]], entry["shape"], entry["data_offsets"]
             sound = all(type(n) is int and 0 <= n < 2**63 for n in (*shape, begin, end))
             sound = sound and (end - begin) * 8 == _product(shape) * bits
         except (KeyError, TypeError, ValueError):
             sound = False
         if not sound:
             raise ValueError(f"{_shown(path)}: its header is broken at {quote(name)}: fetch it again")
+        if entry["dtype"] in OTHER and not name.endswith(BUFFERS):
+            raise ValueError(
+                f"{_shown(path)}: {quote(name)} is {entry['dtype']}, no floating-point weight: give the model that it "
+                "was made of, before it was quantized"
+            )
         at.append((begin, end))
     reached = 0
     for begin, end in sorted(at):

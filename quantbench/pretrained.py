@@ -181,7 +181,8 @@ def _line(given: str, error: BaseException) -> str:
         text = f"{type(error).__name__}: {text}".removesuffix(": ")
     text = "".join(c if c.isprintable() else "?" for c in text)
     text = text if len(text) <= 600 else f"{text[:600]}..."
-    return text if text.startswith(given) else f"{given}: {text}"
+    shown = given if given.isprintable() else quote(given, 200)
+    return text if text.startswith(shown) else f"{shown}: {text}"
 
 
 # --- whether it is one -----------------------------------------------------------------------------------------------
@@ -363,7 +364,9 @@ class _Source:
         with self.opened() as (folder, named):
             try:
                 found = AutoTokenizer.from_pretrained(folder, local_files_only=True, **named)
-            except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            except Exception as error:
+                if any(self.at.glob("*token*")) or self.kind == "gguf":
+                    raise ValueError(_line("its tokenizer cannot be read", error)) from error
                 raise ValueError("no tokenizer beside it: tokenizer.json is needed") from error
         return found, self._bos(found)
 
@@ -373,7 +376,7 @@ class _Source:
             return ggufheader.header(self.at).bos
         for file in ("tokenizer_config.json", "special_tokens_map.json"):
             if self.texts[file].get("bos_token") is not None:
-                if tokenizer.bos_token_id is None:
+                if tokenizer.bos_token_id is None or tokenizer.bos_token not in self._tokens(tokenizer):
                     raise ValueError(f"{file} names the BOS {quote(self.texts[file]['bos_token'])}, which is no token")
                 return int(tokenizer.bos_token_id)
         for file in ("config.json", "generation_config.json"):
@@ -384,6 +387,17 @@ class _Source:
                 return named
         return None
 
+    def _tokens(self, tokenizer: Any) -> set[str]:
+        """What the files have as tokens: to a vocabulary that lacks a named one, the library adds it."""
+        backend = getattr(tokenizer, "backend_tokenizer", None)
+        found = set(tokenizer.get_vocab() if backend is None else backend.get_vocab(with_added_tokens=False))
+        if (path := self.at / "tokenizer.json").is_file():
+            found |= {token["content"] for token in read_json(path, modelfiles.TOKENIZER).get("added_tokens", [])}
+        if (path := self.at / "added_tokens.json").is_file():
+            found |= read_json(path).keys()
+        added = self.texts["tokenizer_config.json"].get("added_tokens_decoder", {})
+        return found | {token["content"] for token in added.values()}
+
     def model(self, dtype: str) -> Any:
         """The model, with all of its weights."""
         import torch
@@ -391,7 +405,8 @@ class _Source:
 
         _check_size(self.config(), self.elements, dtype)
         settings: dict[str, Any] = {"dtype": getattr(torch, dtype), "local_files_only": True}
-        settings["output_loading_info"] = True
+        # A shape that does not fit is told below, by its name.
+        settings |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
         if self.kind == "gguf":
             from transformers import GgufConfig
 
@@ -406,13 +421,15 @@ class _Source:
         if report["missing_keys"]:  # which would be drawn at random
             names = sorted(report["missing_keys"])
             raise ValueError(f"{len(names)} of its weights are not in its files, such as {names[0]}")
+        if report["mismatched_keys"]:
+            name, *shapes = min(report["mismatched_keys"])
+            there, due = map(list, shapes)
+            raise ValueError(f"its weight {quote(name)} has the shape {there}, and its config describes {due}")
         left = sorted(name for name in report["unexpected_keys"] if modelfiles.LAYER.search(name))
-        if left and not all(name.endswith(BUFFERS) for name in left):
+        left = [name for name in left if not name.endswith(modelfiles.BUFFERS)]
+        if left:
             raise ValueError(f"its config leaves out {len(left)} weights of its files, such as {quote(left[0])}")
         return model
-
-
-BUFFERS = (".inv_freq", ".masked_bias", ".attn.bias", ".attention.bias")  # that older versions saved, and none reads
 
 
 def _quiet() -> None:
