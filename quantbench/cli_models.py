@@ -126,9 +126,14 @@ def _check_outputs(verb: str, arguments: argparse.Namespace) -> None:
     from quantbench import gallery
     from quantbench.pretrained import name_of
 
-    folders = [Path(arguments.figures)] if arguments.figures else []
+    folders = []
+    if arguments.figures:
+        arguments.figures = str(Path(arguments.figures).expanduser())
+        folders.append(Path(arguments.figures))
     if arguments.record:
         folders.append(gallery.folder(root() / "results", name_of(arguments.model)))
+        if (record := folders[-1] / f"{verb}.json").is_dir():
+            raise ValueError(f"{record}: a folder, where the record is to be: remove it")
     for folder in folders:
         there = next(path for path in (folder.absolute(), *folder.absolute().parents) if os.path.lexists(path))
         if not there.is_dir():
