@@ -35,6 +35,7 @@ SPELLED = 1 << 16  # bytes of a key or a name
 
 # Below the architecture's name, without a default that means anything.
 STATED = ("block_count", "embedding_length", "attention.head_count", "context_length", "feed_forward_length")
+GEMMA = ("attention.key_length", "attention.sliding_window")
 # What changes the numbers, and transformers leaves out: (key, values with which nothing is left out).
 LEFT_OUT = (
     ("rope.scaling.type", ("none",)),
@@ -45,6 +46,8 @@ LEFT_OUT = (
     ("embedding_scale", (1.0, 0.0)),
     ("attention.scale", (0.0,)),
     ("attention.clamp_kqv", (0.0,)),
+    ("attn_logit_softcapping", (50.0,)),  # Gemma2's
+    ("final_logit_softcapping", (30.0,)),
 )
 
 
@@ -180,6 +183,7 @@ def _understood(path: Path, keys: dict[str, Any], tensors: dict[str, tuple[int, 
         )
     norm = "attention.layer_norm_epsilon" if kind == "gpt2" else "attention.layer_norm_rms_epsilon"
     due = [*STATED, norm, *(["attention.head_count_kv"] if kind not in ("gpt2", "llama") else [])]
+    due += GEMMA if kind.startswith("gemma") else ()
     for name in due:
         value = keys.get(f"{architecture}.{name}")
         fine = type(value) is float if name == norm else type(value) is int and 1 <= value <= SIZE

@@ -344,8 +344,9 @@ class _Source:
             (Path(folder) / ALONE).symlink_to(self.at.resolve())
             yield folder, {"gguf_file": ALONE}
 
+    @cached_property
     def config(self) -> Any:
-        """The library's config."""
+        """The library's config; of a GGUF file, seconds of reading."""
         from transformers import AutoConfig
 
         _quiet()
@@ -358,7 +359,7 @@ class _Source:
         """The tokenizer, and the id of BOS."""
         from transformers import AutoTokenizer
 
-        self.config()
+        _ = self.config  # what it refuses is told first
         if self.kind in ("folder", "hub") and (self.at / "tokenizer.json").is_file():
             try_tokenizer(self.at / "tokenizer.json")
         with self.opened() as (folder, named):
@@ -403,8 +404,8 @@ class _Source:
         import torch
         from transformers import AutoModelForCausalLM
 
-        _check_size(self.config(), self.elements, dtype)
-        settings: dict[str, Any] = {"dtype": getattr(torch, dtype), "local_files_only": True}
+        _check_size(self.config, self.elements, dtype)
+        settings: dict[str, Any] = {"config": self.config, "dtype": getattr(torch, dtype), "local_files_only": True}
         # A shape that does not fit is told below, by its name.
         settings |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
         if self.kind == "gguf":

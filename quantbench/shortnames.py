@@ -78,13 +78,20 @@ def folder_of(name: str, cache: Path) -> Path:
 
 
 def status(cache: Path) -> dict[str, str]:
-    """name -> what it is, and whether it is here."""
-    here = {name: (folder_of(name, cache) / ABOUT).is_file() for name in SHORT}
+    """name -> what it is, and whether it is here, as it was made."""
     return {
-        name: f"{short.title} ({short.note}; {short.licence}): "
-        + ("ready" if here[name] else f"not here: quantbench models get {name}")
-        for name, short in SHORT.items()
+        name: f"{short.title} ({short.note}; {short.licence}): {_state(name, cache)}" for name, short in SHORT.items()
     }
+
+
+def _state(name: str, cache: Path) -> str:
+    try:
+        verified(name, cache)
+    except ValueError:
+        return f"not here: quantbench models get {name}"
+    except AlteredError:
+        return f"not as it was made: quantbench models get {name}"
+    return "ready"
 
 
 def list_files(folder: Path, about: dict[str, Any]) -> None:

@@ -16,7 +16,7 @@ from quantbench.cli import main
 from quantbench.modelfiles import ABOUT, AlteredError
 from quantbench.pretrained import get, identity, open_model
 from quantbench.pretrained import tokenizer_of as read_tokenizer
-from quantbench.shortnames import SHORT, Short, list_files, verified
+from quantbench.shortnames import SHORT, Short, list_files, status, verified
 from quantbench.wheels import Wheel
 
 TEXTS = ["the cat sat on the mat and the dog ran by", "a house near a tree is old and red"] * 8
@@ -226,6 +226,7 @@ def _linked(folder: Path) -> None:
 )
 def test_the_folder_of_a_short_name_is_as_it_was_made(spoil: Callable[[Path], None], told: str, cache: Path) -> None:
     spoil(cache / "models" / "smollm2")
+    assert status(cache)["smollm2"].endswith("not as it was made: quantbench models get smollm2")
     for use in (identity, open_model, read_tokenizer):
         with pytest.raises(AlteredError, match=f"{told}.*run `quantbench models get smollm2` again"):
             use("smollm2", cache)
