@@ -90,7 +90,7 @@ def dynamics(arguments: argparse.Namespace) -> int:
     from quantbench.pretrained import name_of
 
     _check_outputs("dynamics", arguments)
-    base = Path(arguments.model).expanduser()
+    base = Path(os.path.expanduser(arguments.model))
     below = all((base / revision).is_dir() for revision in arguments.revisions)  # checkpoints side by side in a folder
 
     def opened(revision: str) -> "Given":
@@ -128,7 +128,7 @@ def _check_outputs(verb: str, arguments: argparse.Namespace) -> None:
 
     folders = []
     if arguments.figures:
-        arguments.figures = str(Path(arguments.figures).expanduser())
+        arguments.figures = os.path.expanduser(arguments.figures)
         folders.append(Path(arguments.figures))
     if arguments.record:
         folders.append(gallery.folder(root() / "results", name_of(arguments.model)))
@@ -164,7 +164,7 @@ def _documents(names: list[str]) -> tuple[list[str], dict[str, Any]]:
         if name in ("wikipedia", "code"):
             documents += corpora.documents(name, _cache())
             continue
-        path = Path(name).expanduser()
+        path = Path(os.path.expanduser(name))
         if not path.is_file():
             raise ValueError(f"{name}: no such text file, and no set of text (wikipedia, code)")
         try:

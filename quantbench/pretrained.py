@@ -141,7 +141,7 @@ def tokenizer_of(given: str, cache: Path) -> tuple[Any, int | None, str]:
 
 def name_of(given: str) -> str:
     """What a model is called in records: its short name, its name at the hub, or that of its folder or file."""
-    path = Path(os.path.abspath(Path(given).expanduser()))  # `.` has a name, too
+    path = Path(os.path.abspath(os.path.expanduser(given)))  # `.` has a name, too
     if given in SHORT or not path.exists():
         return given
     repository = path.parent.parent.name
@@ -284,7 +284,7 @@ class _Source:
 
     @staticmethod
     def of(given: str, cache: Path, revision: str | None) -> "_Source":
-        path = Path(given).expanduser()
+        path = Path(os.path.expanduser(given))  # which leaves a ~ that is nobody's as it is
         if revision is not None and (given in SHORT or path.exists()):
             raise ValueError(f"{given}: --revision is of a name of the hub; of checkpoints in folders, name the folder")
         if given in SHORT:

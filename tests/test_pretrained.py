@@ -160,6 +160,9 @@ def test_what_must_not_be_opened_is_refused_in_one_line(spoil: Any, told: str, c
         ("smolm2", "did you mean 'smollm2'"),
         ("smollm2", "not here yet: run `quantbench models get smollm2`"),
         ("nowhere.gguf", "no such file"),
+        ("~nobody-at-all/model", "no folder, no .gguf file"),
+        ("a\0b", "no folder, no .gguf file"),
+        ("x" * 5000, "too long"),
     ],
 )
 def test_a_model_that_is_not_there_is_told(name: str, told: str, tmp_path: Path) -> None:
