@@ -87,7 +87,7 @@ def ablate(arguments: argparse.Namespace) -> int:
 def dynamics(arguments: argparse.Namespace) -> int:
     """Follow the three signatures over the published training checkpoints of a model, or over folders."""
     from quantbench.dynamics import follow
-    from quantbench.pretrained import name_of
+    from quantbench.pretrained import libraries, name_of
 
     _check_outputs("dynamics", arguments)
     base = Path(os.path.expanduser(arguments.model))
@@ -101,7 +101,8 @@ def dynamics(arguments: argparse.Namespace) -> int:
     documents, read = _documents(arguments.text or [TEXT])
     body = follow(opened, arguments.revisions, documents, arguments.length, arguments.windows, progress())
     body, run = _split(body)
-    about = {"name": name_of(arguments.model), "revisions": len(arguments.revisions)}
+    about = {"name": name_of(arguments.model), "revisions": len(arguments.revisions), "dtype": arguments.dtype,
+             "libraries": libraries()}  # fmt: skip
     return _show("dynamics", arguments, about, read, body, run)
 
 

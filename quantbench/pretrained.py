@@ -14,7 +14,6 @@ What decides a model's numbers is in its `identity`, by which cells of the store
 is not there: a BOS that only the config class has by default is an ordinary token, so such a model has none.
 """
 
-import copy
 import hashlib
 import json
 import os
@@ -32,12 +31,12 @@ from quantbench import ggufheader, modelfiles
 from quantbench.modelfiles import AlteredError, read_json
 from quantbench.shortnames import SHORT, folder_of, list_files, verified
 from quantbench.shortnames import status as status
+from quantbench.soundness import check_config, check_finite, check_ids, check_pass, check_size
 from quantbench.strict import nearest, quote
 from quantbench.trial import try_tokenizer
 from quantbench.wheels import Say
 
 DTYPES = ("float32", "bfloat16", "float16")
-PROBE = 16  # tokens of the pass that shows whether the model computes
 ALONE = "model.gguf"  # what a GGUF file is called where it is opened
 LENGTHS = ("max_position_embeddings", "n_positions")  # in a config.json: how many tokens a model is made for
 
@@ -94,8 +93,8 @@ def open_model(given: str, cache: Path, revision: str | None = None, dtype: str 
         tokenizer, bos = source.tokenizer()
         model = source.model(dtype).eval()
         anatomy(model)
-        _check_ids(model, tokenizer, bos)
-        _check_finite(model, dtype)
+        check_ids(model, tokenizer, bos)
+        check_finite(model, dtype)
         model.config.bos_token_id = bos  # so that nobody reads a default there
         about = {
             "name": name_of(given),
@@ -109,9 +108,8 @@ def open_model(given: str, cache: Path, revision: str | None = None, dtype: str 
             "dtype": dtype,
             "note": SHORT[given].note if given in SHORT else None,
         }
-        found = Given(model, tokenizer, bos, about, source.bounded)
-        _probe(found, dtype)
-    return found
+        check_pass(model, len(tokenizer), bos, dtype)
+    return Given(model, tokenizer, bos, about, source.bounded)
 
 
 def identity(given: str, cache: Path, dtype: str = "float32") -> dict[str, Any]:
@@ -150,6 +148,11 @@ def name_of(given: str) -> str:
     return path.name
 
 
+def libraries() -> dict[str, str]:
+    """The versions of what makes a model of a folder."""
+    return {name: metadata.version(name) for name in ("transformers", "tokenizers")}
+
+
 def cost(model: Any, length: int) -> dict[str, int]:
     """Parameters, and FLOPs of training on one token, as `model.cost` counts them for ours: 6 a multiply-add."""
     from torch import nn
@@ -183,85 +186,6 @@ def _line(given: str, error: BaseException) -> str:
     text = text if len(text) <= 600 else f"{text[:600]}..."
     shown = given if given.isprintable() else quote(given, 200)
     return text if text.startswith(shown) else f"{shown}: {text}"
-
-
-# --- whether it is one -----------------------------------------------------------------------------------------------
-
-
-def _check_config(config: Any) -> None:
-    """ValueError where no model of it can be opened."""
-    from quantbench.anatomy import check_known
-
-    if getattr(config, "auto_map", None):
-        raise ValueError(f"its config {modelfiles.REMOTE}")
-    if config.is_encoder_decoder:
-        raise ValueError(f"{config.model_type} is no causal language model of a decoder alone")
-    check_known(config.model_type)
-
-
-def _check_size(config: Any, elements: int, dtype: str) -> None:
-    """ValueError where the weights are far fewer than the config's model has, or the machine has no room for it.
-
-    The model is built without memory for its weights. One that is missing is told by its name when they are loaded.
-    """
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(copy.deepcopy(config))
-    wanted = sum(p.numel() for p in model.parameters())
-    if wanted > 2 * elements:
-        raise ValueError(
-            f"its config describes {wanted:,} parameters, and its files hold {elements:,}: they are not of one model"
-        )
-    if (size := wanted * getattr(torch, dtype).itemsize) > (room := modelfiles.memory()):
-        raise ValueError(f"in {dtype} it takes {size / 2**30:,.1f} GiB, and this machine has {room / 2**30:,.1f}")
-
-
-def _check_ids(model: Any, tokenizer: Any, bos: int | None) -> None:
-    """ValueError where the tokenizer gives ids that the model has no embedding for."""
-    rows = model.get_input_embeddings().num_embeddings
-    added = tokenizer.added_tokens_decoder
-    special = {number for number, token in added.items() if token.special}  # as which no text is read
-    ordinary = [number for number in tokenizer.get_vocab().values() if number not in special]
-    if not ordinary:
-        raise ValueError("its tokenizer has no tokens")
-    if max(ordinary) >= rows:
-        raise ValueError(f"its tokenizer gives ids up to {max(ordinary):,}, and it has {rows:,} embeddings")
-    if bos is not None and bos >= rows:
-        raise ValueError(f"its BOS is {bos:,}, and it has {rows:,} embeddings")
-
-
-def _check_finite(model: Any, dtype: str) -> None:
-    """ValueError where a weight is NaN or infinite; a pass of few tokens may not touch it."""
-    import torch
-
-    for name, weight in model.named_parameters():
-        # A sum is finite where all is, and cheap; where it is not, it may have overflowed.
-        if weight.is_meta or bool(weight.detach().sum(dtype=torch.float32).isfinite()):
-            continue
-        if not bool(weight.detach().isfinite().all()):
-            raise ValueError(f"in {dtype} it gives NaN or infinity, as its weight {name} does: {_remedy(dtype)}")
-
-
-def _probe(given: Given, dtype: str) -> None:
-    """ValueError where a short pass gives no numbers."""
-    import torch
-
-    from quantbench.anatomy import device_of
-
-    rows = given.model.get_input_embeddings().num_embeddings
-    ids = torch.arange(1, PROBE + 1) * 7919 % min(rows, len(given.tokenizer))
-    if given.bos is not None:
-        ids[0] = given.bos
-    with torch.no_grad():
-        logits = given.model(ids[None].to(device_of(given.model))).logits
-    if not bool(torch.isfinite(logits).all()):
-        raise ValueError(f"in {dtype} it gives NaN or infinity: {_remedy(dtype)}")
-
-
-def _remedy(dtype: str) -> str:
-    return "measure it in float32" if dtype != "float32" else "its weights are broken"
 
 
 def _encode(tokenizer: Any, text: str) -> list[int]:
@@ -320,8 +244,7 @@ class _Source:
     @property
     def libraries(self) -> dict[str, str]:
         """The versions of what makes a model of the files."""
-        readers = ("transformers", "tokenizers", *(["gguf"] if self.kind == "gguf" else []))
-        return {name: metadata.version(name) for name in readers}
+        return libraries() | ({"gguf": metadata.version("gguf")} if self.kind == "gguf" else {})
 
     @property
     def bounded(self) -> bool:
@@ -352,7 +275,7 @@ class _Source:
         _quiet()
         with self.opened() as (folder, named):
             config = AutoConfig.from_pretrained(folder, local_files_only=True, **named)
-        _check_config(config)
+        check_config(config)
         return config
 
     def tokenizer(self) -> tuple[Any, int | None]:
@@ -404,7 +327,7 @@ class _Source:
         import torch
         from transformers import AutoModelForCausalLM
 
-        _check_size(self.config, self.elements, dtype)
+        check_size(self.config, self.elements, dtype)
         settings: dict[str, Any] = {"config": self.config, "dtype": getattr(torch, dtype), "local_files_only": True}
         # A shape that does not fit is told below, by its name.
         settings |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
@@ -463,7 +386,7 @@ def _fetched(name: str, revision: str | None) -> Path:
     try:
         folder = fetched(revision, BESIDE)
         modelfiles.check_texts(folder)
-        _check_config(AutoConfig.from_pretrained(folder, local_files_only=True))
+        check_config(AutoConfig.from_pretrained(folder, local_files_only=True))
         return fetched(folder.name, [*BESIDE, "*.safetensors"])
     except OSError as error:
         raise ValueError(next((line for kind, line in told.items() if isinstance(error, kind)), error)) from error

@@ -40,7 +40,7 @@ LAYERS = [
     ["catalog"],
     ["tasks", "mitigations", "quantizers", "metrics"],
     ["pretrained"],
-    ["shortnames"],
+    ["shortnames", "soundness"],
     ["ggufheader"],
     ["modelfiles"],
     ["trial"],
