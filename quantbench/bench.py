@@ -140,7 +140,7 @@ class Stages:
                 "length": length,
                 "packages": self.packages,
             }
-            evaluated |= {"data": self.data.digest, "environment": here, "length": length}
+            evaluated |= {"data": self.data.digest, "bos": self.data.bos, "environment": here, "length": length}
         else:
             self.trained = {
                 "version": VERSIONS["pretrain"], "recipe": _pretraining(self.job),

@@ -1,7 +1,7 @@
 """quantbench: the verbs and what they call. Nothing heavy is imported before it is needed.
 
 Exit codes: 0 done, 2 bad input (or a place that cannot be written), 3 some cells failed, 4 a run diverged, 5 integrity
-(a record cannot be trusted), 130, 143 or 129 stopped by SIGINT, SIGTERM or SIGHUP.
+(a record, or the folder of a short name, cannot be trusted), 130, 143 or 129 stopped by SIGINT, SIGTERM or SIGHUP.
 """
 
 import argparse
@@ -47,10 +47,11 @@ def _is_placed(error: Exception) -> bool:
     return isinstance(error, StrictError)
 
 
-def _integrity() -> type[Exception]:
+def _integrity() -> tuple[type[Exception], ...]:
+    from quantbench.modelfiles import AlteredError
     from quantbench.results import ResultsError
 
-    return ResultsError
+    return ResultsError, AlteredError
 
 
 def _store() -> "Store":

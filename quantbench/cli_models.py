@@ -4,6 +4,7 @@ As in `cli`: nothing heavy is imported before it is needed.
 """
 
 import argparse
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -49,6 +50,7 @@ def measure(arguments: argparse.Namespace) -> int:
     """Show where a model has its extreme tokens: peaks, sinks and drains per layer, with BOS and without."""
     from quantbench.portrait import portrait
 
+    _check_outputs("measure", arguments)
     given = _open(arguments)
     documents, read = _documents(arguments.text or [TEXT])
     body = portrait(given, documents, arguments.length, arguments.windows, progress())
@@ -59,6 +61,7 @@ def heads(arguments: argparse.Namespace) -> int:
     """Find heads that are dormant in one domain of text and active in another."""
     from quantbench.dormant import survey
 
+    _check_outputs("heads", arguments)
     given = _open(arguments)
     named = [*dict.fromkeys(arguments.domains)]
     if len(named) < 2:
@@ -75,6 +78,7 @@ def ablate(arguments: argparse.Namespace) -> int:
     """Zero the MLP or the attention of a layer, and see what becomes of peak, sink and drain."""
     from quantbench.ablation import ablate as zero
 
+    _check_outputs("ablate", arguments)
     given = _open(arguments)
     documents, read = _documents(arguments.text or [TEXT])
     body = zero(given, documents, arguments.length, arguments.windows, arguments.layers, progress())
@@ -84,19 +88,22 @@ def ablate(arguments: argparse.Namespace) -> int:
 def dynamics(arguments: argparse.Namespace) -> int:
     """Follow the three signatures over the published training checkpoints of a model, or over folders."""
     from quantbench.dynamics import follow
+    from quantbench.pretrained import libraries, name_of
 
-    folders = [Path(arguments.model) / revision for revision in arguments.revisions]
-    below = all(folder.is_dir() for folder in folders)  # checkpoints side by side in a folder
+    _check_outputs("dynamics", arguments)
+    base = Path(os.path.expanduser(arguments.model))
+    below = all((base / revision).is_dir() for revision in arguments.revisions)  # checkpoints side by side in a folder
 
     def opened(revision: str) -> "Given":
         if below:
-            return _opened(str(Path(arguments.model) / revision), None, arguments.dtype)
+            return _opened(str(base / revision), None, arguments.dtype)
         return _opened(arguments.model, revision, arguments.dtype)
 
     documents, read = _documents(arguments.text or [TEXT])
     body = follow(opened, arguments.revisions, documents, arguments.length, arguments.windows, progress())
     body, run = _split(body)
-    about = {"name": Path(arguments.model).name or arguments.model, "revisions": len(arguments.revisions)}
+    about = {"name": name_of(arguments.model), "revisions": len(arguments.revisions), "dtype": arguments.dtype,
+             "libraries": libraries()}  # fmt: skip
     return _show("dynamics", arguments, about, read, body, run)
 
 
@@ -114,6 +121,27 @@ def _known(names: list[str], known: Any, what: str) -> list[str]:
         if name not in known:
             raise ValueError(f"no {what} {quote(name)}{nearest(name, known)}")
     return names
+
+
+def _check_outputs(verb: str, arguments: argparse.Namespace) -> None:
+    """ValueError where what is asked for could not be written: before the work, not after it."""
+    from quantbench import gallery
+    from quantbench.pretrained import name_of
+
+    folders = []
+    if arguments.figures:
+        arguments.figures = os.path.expanduser(arguments.figures)
+        folders.append(Path(arguments.figures))
+    if arguments.record:
+        folders.append(gallery.folder(root() / "results", name_of(arguments.model)))
+        if (record := folders[-1] / f"{verb}.json").is_dir():
+            raise ValueError(f"{record}: a folder, where the record is to be: remove it")
+    for folder in folders:
+        there = next(path for path in (folder.absolute(), *folder.absolute().parents) if os.path.lexists(path))
+        if not there.is_dir():
+            raise ValueError(f"{there}: no folder, and {verb} is to write into it: remove it, or name another place")
+        if not os.access(there, os.W_OK | os.X_OK):
+            raise ValueError(f"{there}: {verb} may not write there: name another place, or leave --record out")
 
 
 def _open(arguments: argparse.Namespace) -> "Given":
@@ -138,10 +166,11 @@ def _documents(names: list[str]) -> tuple[list[str], dict[str, Any]]:
         if name in ("wikipedia", "code"):
             documents += corpora.documents(name, _cache())
             continue
-        if not Path(name).is_file():
+        path = Path(os.path.expanduser(name))
+        if not path.is_file():
             raise ValueError(f"{name}: no such text file, and no set of text (wikipedia, code)")
         try:
-            documents.append(Path(name).read_text(encoding="utf-8-sig"))
+            documents.append(path.read_text(encoding="utf-8-sig"))
         except UnicodeDecodeError as error:
             raise ValueError(f"{name}: byte {error.start} is not UTF-8: convert the file") from None
     return documents, {"sets": ", ".join(map(_label, names)), "documents": len(documents), "digest": digest(documents)}

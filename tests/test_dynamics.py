@@ -33,7 +33,7 @@ def planted(norm: float, kind: str = "llama") -> Any:
         layer.self_attn.o_proj.weight.zero_()
         layer.mlp.down_proj.weight.zero_()
     weight = model.model.embed_tokens.weight
-    weight /= weight.norm(dim=-1, keepdim=True)
+    weight /= weight.norm(dim=-1, keepdim=True).clamp(min=1e-9)  # that of padding is 0
     weight[0] *= norm
     return model
 
