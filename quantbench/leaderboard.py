@@ -119,6 +119,10 @@ def _section(track: Board, related: dict[str, Any], pictures: dict[str, str]) ->
         length = track.rows[0].records[0]["track"]["resolved"]["length"]
         parts.append(DOCUMENTS.format(documents, length))
     parts += [*_answers(track, related), markdown(tables.main_table(track))]
+    if track.seeds:
+        parts.append(
+            SEEDS.format("; ".join(f"{what}: F = {F:.2f}, p = {p:.2f}" for what, (F, p) in track.seeds.items()))
+        )
     if maps := tables.map_tables(track):
         parts += ["### The map: scope of the ranges × residual stream × bits", MAP_LEGEND]
         parts += [tables.separating(track)] if any(row.comparisons for row in track.rows) else []
@@ -154,13 +158,15 @@ def _sites_section(track: Board, quantizer: str, runs: list[Record], pictured: b
     return "\n\n".join(parts) + "\n"
 
 
-MAP_LEGEND = """Damage in nats per token, and in brackets the KL relative to the baseline's, paired over seeds; † \
-where its 95% interval leaves out 1 (Dunnett over the recipes of a cell; cells are not adjusted for one another). \
+MAP_LEGEND = """Damage in nats per token, and in brackets the KL relative to the baseline's; † where it is told from 1 \
+at 5% (Holm over the recipes of a cell; cells are not adjusted for one another). \
 *residual*: the residual stream is rounded after every sublayer, too. W4A4 weights come in groups of 64."""
 STANDARD_LEGEND = """Accuracy in full precision, mean ± half of the 95% t interval over items; under each quantizer \
 what it changes, paired over the same items."""
 DOCUMENTS = """One model that was there already, one seed: intervals are over {} held-out documents, a window of {} \
 tokens each, and comparisons are paired over them."""
+SEEDS = """Does a seed make every recipe better or worse? {}. Where it explains nothing, pairing by it buys nothing: \
+log KL is compared unpaired, the loss paired."""
 RELATION_LEGEND = f"""log KL(full ‖ quantized) on the log of the predictor, a point per run of a pretraining recipe \
 (the pictures have post-hoc ones, too, hollow). ρ: Spearman, over all \
 runs; *within* recipes (their means removed); *given* the full-precision loss (partial). In brackets 95% limits of a \
@@ -193,7 +199,17 @@ def _with_block(readme: Path, results_root: Path, boards: list[Board], related: 
     block = EMPTY
     if track is not None:
         header, rows = tables.main_table(track)
-        kept = ("rank", "recipe", "seeds", "loss", "residual peak", f"damage {track.ranking}", "KL ratio", "p")
+        kept = (
+            "rank",
+            "recipe",
+            "seeds",
+            "loss",
+            "Δ loss",
+            "residual peak",
+            f"damage {track.ranking}",
+            "KL ratio",
+            "p",
+        )
         columns = [header.index(name) for name in (*kept, "share carried", "notes")]
         link = Path(os.path.relpath(results_root / "README.md", readme.parent)).as_posix()
         short = ([header[i] for i in columns], [[row[i] for i in columns] for row in rows])
@@ -210,6 +226,7 @@ def _csv(boards: Iterable[Board]) -> bytes:
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
     header = ["track", "recipe", "title", "rank", "seeds", "loss", "loss-low", "loss-high", *SIGNATURES, "act-max"]
+    header += ["loss-difference", "loss-difference-low", "loss-difference-high", "loss-p", "front"]
     header += ["quantizer", "ranks", "damage", "damage-low", "damage-high", "kl", "kl-ratio", "kl-ratio-low"]
     writer.writerow([*header, "kl-ratio-high", "p", "share-carried", "share-carried-random", "notes"])
     for track in boards:
@@ -217,6 +234,9 @@ def _csv(boards: Iterable[Board]) -> bytes:
             signatures = [_digits(value_of(row.full("metrics", name, "value"))) for name in (*SIGNATURES, "act-max")]
             left = [harmless(text) for text in (track.name, row.name, row.title)]
             left += [str(row.rank or ""), str(len(row.records)), *_limits(row.full("loss")), *signatures]
+            difference = row.loss and row.loss.difference
+            left += [_digits(x) for x in (difference.mean, difference.low, difference.high)] if difference else [""] * 3
+            left += [_digits(row.loss.p if row.loss else None), _digits(row.front)]
             for quantizer in track.quantizers if row.records else [""]:
                 cells = [harmless(quantizer), str(int(quantizer == track.ranking))]
                 cells += [

@@ -7,9 +7,22 @@ from pathlib import Path
 from typing import Any
 
 from quantbench import grid, relation
-from quantbench.board import SIGNATURES, Board, Mean, Row, board, dig, mean_of, value_of
+from quantbench.board import (
+    DRAWS,
+    FRONT,
+    SAME,
+    SIGNATURES,
+    SURVIVES,
+    Board,
+    Mean,
+    Row,
+    board,
+    dig,
+    mean_of,
+    value_of,
+)
 from quantbench.markup import Table
-from quantbench.numerals import estimate, hundredths, plain
+from quantbench.numerals import estimate, hundredths, plain, plus_minus
 from quantbench.results import BASELINE, Record, comparable, digests, read_all
 
 WIDE = 8  # columns of a table of quantizers
@@ -17,19 +30,26 @@ LEGEND = {
     "rank": "by damage; rows without a rank cannot be ranked, for the reason in their notes",
     "seeds": "finished runs that count",
     "loss": "full precision, nats per token on held-out text; mean ± half of the 95% t interval over seeds",
+    "Δ loss": "loss minus the baseline's over the seeds that both have, with its interval at the level at which Holm "
+    "judged it",
     "residual peak": "largest / median token norm of the residual stream, at the layer where that is largest",
     "BOS attention": "mean attention weight on the first token",
     "value drain": "value norm of the first token / mean of the others",
     "act-max": "largest input of any Linear of the blocks",
     "damage": "quantized minus full-precision loss under the quantizer named, nats per token",
-    "KL ratio": "KL(full ‖ quantized) relative to the baseline, paired over seeds; the intervals of all rows hold "
-    "together at 95% (Dunnett)",
-    "p": "of that ratio being 1, adjusted for the number of rows",
+    "KL ratio": "KL(full ‖ quantized) relative to the baseline's, of geometric means over seeds (a post-hoc recipe: "
+    "paired over the checkpoints that both have); variances moderated over recipes; the interval is at the level at "
+    "which Holm's procedure judged the row, so that it leaves out 1 just where p is below .05",
+    "p": "of that ratio being 1, adjusted by Holm over the pretraining recipes, or over the post-hoc ones: the chance "
+    "that any row of a family is told apart wrongly is at most 5%",
     "share carried": "of the damage by extreme tokens: what goes away when they stay in full precision; in brackets "
     "when as many random tokens do; undefined where the damage may be 0",
-    "notes": "*best*: rank 1. *like the best*: its KL cannot be told from that of rank 1 (Tukey, all pairs, 5%). "
-    "*Pareto*: no row has both a lower loss and a lower damage. *learned less*: its full-precision loss is higher "
-    "than the baseline's (Dunnett, 5%), so that a smaller damage may only mean that there was less to damage. "
+    "notes": "*best*: rank 1. *like the best*: its KL cannot be told from that of rank 1 (Games and Howell, all "
+    f"pairs, 5%). *Pareto* and a number: the share of {DRAWS:,} bootstrap draws of the seeds in which no row has both "
+    f"a lower loss and a lower damage; said from {FRONT} on. *survives*: the upper limit of its damage is below "
+    f"{SURVIVES} nats. *learned less*: its full-precision loss is higher than the baseline's (paired, Holm, 5%), so "
+    "that a smaller damage may only mean that there was less to damage. *against*: the recipe whose checkpoints a "
+    "post-hoc one shares. "
     "*stale*: of another version of the recipe, the track or the data, never pooled. *n of m seeds*: fewer than the "
     "track asks for. *other* or *mixed environments*: threads, CPU capability, device or build differ",
 }
@@ -37,12 +57,19 @@ LEGEND = {
 
 def main_table(track: Board) -> Table:
     """The ranked table: signatures, damage, and what may be claimed."""
-    header = ["rank", "recipe", "seeds", "loss", "residual peak", "BOS attention", "value drain", "act-max"]
+    header = ["rank", "recipe", "seeds", "loss", "Δ loss", "residual peak", "BOS attention", "value drain", "act-max"]
     header += [f"damage {track.ranking}", "KL ratio", "p", "share carried", "notes"]
     rows = []
     for row in track.rows:
         signatures = [_figure(row.full("metrics", name, "value")) for name in (*SIGNATURES, "act-max")]
-        cells = [str(row.rank or "–"), row.name, str(len(row.records)), _text(row.full("loss")), *signatures]
+        cells = [
+            str(row.rank or "–"),
+            row.name,
+            str(len(row.records)),
+            _text(row.full("loss")),
+            _loss(row),
+            *signatures,
+        ]
         ratio, p = _ratio(row, track.ranking)
         damage = _text(row.quantized(track.ranking, "damage"))
         rows.append([*cells, damage, ratio, p, _share(row, track.ranking), "; ".join(row.notes)])
@@ -301,6 +328,16 @@ def _ratio(row: Row, quantizer: str) -> tuple[str, str]:
     ratio = compared.ratio
     p = "<0.0001" if compared.p < 1e-4 else f"{compared.p:.4f}" if compared.p < 0.1 else f"{compared.p:.2f}"
     return f"{plain(ratio.mean)} [{plain(ratio.low)}, {plain(ratio.high)}]", p
+
+
+def _loss(row: Row) -> str:
+    """What the row costs or gains in full precision, over the seeds that it shares with its control."""
+    if row.loss is None:
+        return "" if row.name == BASELINE else "–"
+    mean, half = row.loss.difference.mean, row.loss.difference.half_width
+    if abs(mean) < SAME and half < SAME:
+        return "0"
+    return ("+" if mean > 0 else "") + plus_minus(mean, half)
 
 
 def _share(row: Row, quantizer: str) -> str:
