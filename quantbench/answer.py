@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from quantbench import relation
 from quantbench.board import FRONT, SURVIVES, Board, Row, value_of
 from quantbench.numerals import estimate, hundredths, plain
 from quantbench.results import BASELINE
@@ -24,7 +25,7 @@ def answers(track: Board, related: dict[str, Any]) -> list[tuple[str, str]]:
         ("Which recipes lose less?", _lose_less(track, len(compared), better, apart[len(better) :])),
         ("Which survive?", _survive(track, compared)),
         ("What do they cost?", _cost(better)),
-        ("Is it the peak?", _peak(track, better, related.get(track.ranking, {}).get("residual-peak"))),
+        ("Is it the peak?", _peak(track, better, related.get(track.ranking, {}))),
     ]
     return [(question, said) for question, said in found if said]
 
@@ -74,20 +75,27 @@ def _and(names: list[str]) -> str:
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
 
 
-def _peak(track: Board, better: list[Row], relation: dict[str, Any] | None) -> str:
-    """By regression over recipes, and by leaving the extreme tokens out of quantization."""
+def _peak(track: Board, better: list[Row], by_predictor: dict[str, Any]) -> str:
+    """By regression over recipes, against its rivals, and by leaving the extreme tokens out of quantization."""
     said = []
-    rho = relation and relation["rho"]
-    if relation and rho and rho["low"] is not None:
-        given = [
-            f"{name} {hundredths(relation[key]['estimate'])}"
-            for key, name in (("within-rho", "within a recipe"), ("partial-rho", "given the full-precision loss"))
-            if relation[key]
-        ]
+    peak, best = by_predictor.get(relation.PEAK), relation.winner(by_predictor)
+    if peak and best and peak["rho"] and peak["rho"]["low"] is not None:
         said.append(
-            f"KL goes with the residual peak at ρ = {estimate(rho)} over "
-            f"{relation['n']} runs of {relation['recipes']} recipes" + "".join(f", {one}" for one in given) + "."
+            f"KL goes with the residual peak at ρ = {estimate(peak['rho'])} over {peak['n']} runs of "
+            f"{peak['recipes']} recipes ({_inside(peak)})."
         )
+        if best != relation.PEAK:
+            rival = by_predictor[best]
+            said.append(
+                f"It goes better with {best}, {relation.PREDICTORS[best]}: ρ = {estimate(rival['rho'])} "
+                f"({_inside(rival)}), the largest in {hundredths(rival['won'])} of bootstrap draws; given it, the peak "
+                f"adds {estimate(peak['given'][best])}, and given the peak it adds "
+                f"{estimate(rival['given'][relation.PEAK])}."
+            )
+        if peak["exempt-rho"]:
+            said.append(
+                f"Where the extreme tokens stay in full precision, ρ with the peak is {estimate(peak['exempt-rho'])}."
+            )
     base = next((row for row in track.rows if row.name == BASELINE), None)
     carried = base and base.share(track.ranking, "extreme")
     if base is not None and isinstance(carried, float):
@@ -99,3 +107,10 @@ def _peak(track: Board, better: list[Row], relation: dict[str, Any] | None) -> s
         range_ = f"{hundredths(min(left))} to {hundredths(max(left))}" if left else ""
         said[-1] += f", and {range_} of what is left in those that lose less." if left else "."
     return " ".join(said)
+
+
+def _inside(found: dict[str, Any]) -> str:
+    """What is left of a relation within recipes, and given what might explain it."""
+    names = (("within-rho", "within a recipe"), ("given-loss", "given the loss"), ("given-rate", "given the rate"))
+    told = [f"{name} {hundredths(found[key]['estimate'])}" for key, name in names if found[key]]
+    return ", ".join([*told, f"R² of a recipe left out {plain(found['r2'])}"])

@@ -136,9 +136,13 @@ def _section(track: Board, related: dict[str, Any], pictures: dict[str, str]) ->
     for task, scored in tables.standard_tables(track).items():
         items = len(track.rows[0].records[0]["full-precision"]["lm-eval-items"][task])
         parts += [f"### {task}, by lm-evaluation-harness ({items:,} items)", STANDARD_LEGEND, markdown(scored)]
-    relations = tables.relation_table(related)
-    if relations[1]:
-        parts += ["### Does the peak predict the error?", RELATION_LEGEND, markdown(relations)]
+    if track.ranking in related and (relations := tables.relation_table(related[track.ranking]))[1]:
+        parts += [f"### What does the error go with? (`{track.ranking}`)", RELATION_LEGEND, markdown(relations)]
+        best = relation.winner(related[track.ranking])
+        after = tables.post_hoc_table(track, list(dict.fromkeys(name for name in (relation.PEAK, best) if name)))
+        parts += [POST_HOC_LEGEND, markdown(after)] if after[1] else []
+        parts += ["### The same under every quantizer", WINNERS_LEGEND, markdown(tables.winners_table(related))]
+        parts += [FAMILY_LEGEND, markdown(tables.family_table(track, related))]
         parts += [PREDICTORS_LEGEND, markdown(tables.predictor_table(related))]
     parts += [f"![{what}]({track.name}/{name})" for name, what in pictures.items() if name != "timeline.svg"]
     if "timeline.svg" in pictures:
@@ -167,12 +171,18 @@ DOCUMENTS = """One model that was there already, one seed: intervals are over {}
 tokens each, and comparisons are paired over them."""
 SEEDS = """Does a seed make every recipe better or worse? {}. Where it explains nothing, pairing by it buys nothing: \
 log KL is compared unpaired, the loss paired."""
-RELATION_LEGEND = f"""log KL(full ‖ quantized) on the log of the predictor, a point per run of a pretraining recipe \
-(the pictures have post-hoc ones, too, hollow). ρ: Spearman, over all \
-runs; *within* recipes (their means removed); *given* the full-precision loss (partial). In brackets 95% limits of a \
-bootstrap over clusters of recipes that share a mitigation. Below {relation.FEWEST_RECIPES} recipes only ρ and the \
-counts are given. R²: how well a line through the other recipes predicts a recipe, against their mean."""
-PREDICTORS_LEGEND = """Its rivals, by ρ alone; † where the interval leaves out 0 (each by itself: they are many)."""
+RELATION_LEGEND = f"""Spearman's ρ of KL(full ‖ quantized) with figures of the full-precision model, a point per run \
+of a pretraining recipe (the pictures have post-hoc ones, too, hollow). *within*: deviations from the recipe's mean, \
+in standard deviations. *given*: partial. *extremes exempt*: with the KL that is left where extreme tokens stay in \
+full precision. *draws won*: in which this ρ is the largest. In brackets 95% limits of a bootstrap over clusters of \
+recipes that share a mitigation, be it by way of others. R²: how well a line through the other recipes predicts a \
+recipe, against their mean. Below {relation.FEWEST_RECIPES} recipes only ρ and the counts are given. Every figure: \
+`quantbench relation --json`."""
+POST_HOC_LEGEND = """Post-hoc recipes are no points of it. Do they lie on its line (log KL on the logarithm of the \
+predictor, least squares over the pretraining runs)? Geometric means over seeds."""
+WINNERS_LEGEND = """The predictor with the largest ρ under each quantizer, beside the residual peak."""
+FAMILY_LEGEND = """Mean ρ over the quantizers of a kind; ← the largest."""
+PREDICTORS_LEGEND = """ρ of every predictor; † where the interval leaves out 0 (each by itself: they are many)."""
 
 
 def _legend() -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -192,23 +193,89 @@ def accuracies(record: Record, task: str, quantizers: list[str]) -> list[str]:
     return shown
 
 
-def relation_table(related: dict[str, Any]) -> Table:
-    """How log KL goes with the log of a predictor, per quantizer."""
-    names = ("rho", "within-rho", "partial-rho", "slope", "within-slope")
-    header = ["quantizer", "predictor", "runs", "recipes", "clusters", "ρ", "ρ within", "ρ given loss"]
-    header += ["slope", "slope within", "R² of a recipe left out"]
+def relation_table(by_predictor: dict[str, Any]) -> Table:
+    """Every predictor under the quantizer that ranks, the best first: what it says alone and given the others."""
+    told = {name: found for name, found in by_predictor.items() if found["rho"]}
+    ordered = sorted(told, key=lambda name: -told[name]["rho"]["estimate"])
+    header = ["predictor", "looks at", "runs", "recipes", "clusters", "ρ", "ρ within", "ρ given loss", "ρ given rate"]
+    header += [
+        *(f"ρ given {name}" for name in ordered[:2]),
+        "ρ, extremes exempt",
+        "draws won",
+        "R² of a recipe left out",
+    ]
+    rows = []
+    for name in ordered:
+        found = told[name]
+        cells = [str(found[key]) for key in ("n", "recipes", "clusters")]
+        cells += [estimate(found[key]) for key in ("rho", "within-rho", "given-loss", "given-rate")]
+        cells += [estimate((found["given"] or {}).get(other)) for other in ordered[:2]]
+        won = "–" if found["won"] is None else hundredths(found["won"])
+        rows.append([name, relation.PREDICTORS[name], *cells, estimate(found["exempt-rho"]), won, plain(found["r2"])])
+    return header, rows
+
+
+def winners_table(related: dict[str, Any]) -> Table:
+    """Per quantizer the predictor with the largest ρ, beside the residual peak."""
+    header = [
+        "quantizer",
+        "predictor",
+        "draws won",
+        "ρ",
+        "ρ given the peak",
+        "R²",
+        "ρ of the peak",
+        "the peak given it",
+    ]
     rows = []
     for quantizer, by_predictor in related.items():
-        for predictor, found in by_predictor.items():
-            if found["n"] > 2 and predictor in relation.PREDICTORS:
-                counts = [str(found[name]) for name in ("n", "recipes", "clusters")]
-                r2 = found["leave-one-recipe-out-r2"]
-                rows.append([quantizer, predictor, *counts, *(estimate(found[name]) for name in names), plain(r2)])
+        name, peak = relation.winner(by_predictor), by_predictor.get(relation.PEAK)
+        if name is None or peak is None:
+            continue
+        best = by_predictor[name]
+        given = [estimate((one["given"] or {}).get(other)) for one, other in ((best, relation.PEAK), (peak, name))]
+        won = "–" if best["won"] is None else hundredths(best["won"])
+        cells = [name, won, estimate(best["rho"]), given[0], plain(best["r2"]), estimate(peak["rho"]), given[1]]
+        rows.append([quantizer, *cells])
+    return [*header, "R² of the peak"], [[*row, plain(related[row[0]][relation.PEAK]["r2"])] for row in rows]
+
+
+def family_table(track: Board, related: dict[str, Any]) -> Table:
+    """Mean ρ of every predictor over the quantizers of one kind; the largest in bold letters."""
+    counted = next(record for row in track.rows for record in row.records)
+    resolved = counted["track"]["resolved"].get("quantizers", {})
+    kinds: dict[str, list[str]] = {}
+    for quantizer in related:
+        kinds.setdefault(relation.family(quantizer, resolved.get(quantizer, {})), []).append(quantizer)
+    predictors = list(next(iter(related.values()), {}))
+    rows = []
+    for kind in sorted(kinds):
+        rhos = [[related[q][name]["rho"] for q in kinds[kind]] for name in predictors]
+        means = [None if None in of else math.fsum(x["estimate"] for x in of) / len(of) for of in rhos]
+        top = max((mean for mean in means if mean is not None), default=None)
+        shown = ["–" if mean is None else hundredths(mean) + (" ←" if mean == top else "") for mean in means]
+        rows.append([kind, str(len(kinds[kind])), *shown])
+    return ["kind of rounding", "quantizers", *predictors], rows
+
+
+def post_hoc_table(track: Board, predictors: list[str]) -> Table:
+    """Whether post-hoc recipes lie on the line through the pretraining recipes."""
+    found = {name: relation.post_hoc_against(track.records, track.ranking, name) for name in predictors}
+    recipes = sorted({recipe for by_recipe in found.values() for recipe in by_recipe})
+    header = ["recipe", "KL"]
+    header += [part for name in predictors for part in (name, "KL by its line", "KL / that")]
+    rows = []
+    for recipe in recipes:
+        cells = []
+        for name in predictors:
+            x, line, kl = found[name].get(recipe, (math.nan,) * 3)
+            cells += [plain(x), plain(line), plain(kl / line)]
+        rows.append([recipe, plain(kl), *cells])
     return header, rows
 
 
 def predictor_table(related: dict[str, Any]) -> Table:
-    """Which figure of the full-precision model the error goes with: ρ of every predictor under every quantizer."""
+    """ρ of every predictor under every quantizer."""
     predictors = list(next(iter(related.values()), {}))
     rows = [
         [quantizer, *(_rank_correlation(by_predictor[name]["rho"]) for name in predictors)]

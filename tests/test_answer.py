@@ -46,7 +46,18 @@ def test_the_three_questions_are_answered_from_the_figures_of_the_tables() -> No
 def test_the_relation_is_told_where_it_has_intervals() -> None:
     found = said(*(runs(f"r{n}", 0.5 + n / 8) for n in range(8)))["Is it the peak?"]
     assert found.startswith("KL goes with the residual peak at ρ = ")
-    assert " over 45 runs of 9 recipes, within a recipe " in found
+    assert " over 45 runs of 9 recipes (within a recipe " in found
+    assert "It goes better with" not in found
+
+
+def test_a_rival_that_the_error_goes_with_better_is_named_with_what_each_adds() -> None:
+    records = [*runs("baseline", 1.0), *(r for n in range(8) for r in runs(f"r{n}", 0.5 + n / 8))]
+    for index, record in enumerate(records):
+        kl = record["quantized"]["w8a8-static"]["kl"]
+        record["full-precision"]["metrics"]["act-max"]["value"] = 10 * kl * (1 + 0.01 * (index % 3))
+    found = dict(answers(board(records), relation.relate(records)["text"]))["Is it the peak?"]
+    assert "It goes better with act-max, the largest input of a Linear: ρ = 1.00 [" in found
+    assert "the largest in 1.00 of bootstrap draws; given it, the peak adds " in found
 
 
 @pytest.mark.parametrize("carried", [None, "undefined"])
