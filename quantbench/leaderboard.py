@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from quantbench import answer, claims, figures, gallery, relation, tables
+from quantbench import answer, claims, figures, gallery, hypotheses, relation, tables
 from quantbench.board import SIGNATURES, Board, Mean, board, value_of
 from quantbench.markup import escape, harmless, markdown
 from quantbench.numerals import plain
@@ -37,13 +37,17 @@ def render(results_root: Path, readme: Path | None = None) -> dict[Path, bytes]:
     records, sites = read_all(results_root), read_sites(results_root)
     tracks = sorted({r["track"]["name"] for r in records}, key=lambda name: (name != HEADLINE_TRACK, name))
     boards = [board([r for r in records if r["track"]["name"] == track]) for track in tracks]
-    related = {name: _telling(found) for name, found in relation.relate(records).items()}
+    everything, claimed = relation.relate(records), claims.examine(results_root)
+    related = {name: _telling(found) for name, found in everything.items()}
     files: dict[Path, bytes] = {}
     sections = [INTRODUCTION]
     for track in boards:
         pictures = _pictures(track, related[track.name])
         files |= {results_root / track.name / name: data for name, (data, _) in pictures.items()}
-        sections.append(_section(track, related[track.name], {name: what for name, (_, what) in pictures.items()}))
+        shown = {name: what for name, (_, what) in pictures.items()}
+        sections.append(
+            _section(track, related[track.name], shown, _predicted(results_root, track, everything, claimed))
+        )
         mine = [r for r in sites if r["track"]["name"] == track.name]
         for quantizer, runs in tables.paying(mine, track.records).items():
             picture = figures.propagation(runs, track.records)
@@ -73,6 +77,16 @@ def write(results_root: Path, readme: Path | None = None) -> list[Path]:
     for path in changed:
         atomic_write(path, files[path])
     return sorted(changed + gone)
+
+
+def _predicted(
+    results_root: Path, track: Board, related: dict[str, Any], claimed: dict[str, list[claims.Row]]
+) -> list[hypotheses.Verdict]:
+    """What was written before the track's runs, with its verdicts; empty where nothing was."""
+    found = hypotheses.read(results_root, track.name)
+    if found is None:
+        return []
+    return hypotheses.judged(found, hypotheses.Facts(track, related[track.name], claimed))
 
 
 def _telling(related: dict[str, Any]) -> dict[str, Any]:
@@ -113,7 +127,9 @@ def _pictures(track: Board, related: dict[str, Any]) -> dict[str, tuple[bytes, s
     return {name: (data, what) for name, (data, what) in drawn.items() if data is not None}
 
 
-def _section(track: Board, related: dict[str, Any], pictures: dict[str, str]) -> str:
+def _section(
+    track: Board, related: dict[str, Any], pictures: dict[str, str], predicted: list[hypotheses.Verdict]
+) -> str:
     parts = [f"## {escape(track.title)} (`{track.name}`)"]
     if documents := len(track.rows[0].units("loss")):
         length = track.rows[0].records[0]["track"]["resolved"]["length"]
@@ -144,6 +160,9 @@ def _section(track: Board, related: dict[str, Any], pictures: dict[str, str]) ->
         parts += ["### The same under every quantizer", WINNERS_LEGEND, markdown(tables.winners_table(related))]
         parts += [FAMILY_LEGEND, markdown(tables.family_table(track, related))]
         parts += [PREDICTORS_LEGEND, markdown(tables.predictor_table(related))]
+    if predicted:
+        verdicts = markdown(hypotheses.table(predicted))
+        parts += [f"### Predictions: {hypotheses.score(predicted)}", HYPOTHESES_LEGEND.format(track.name), verdicts]
     parts += [f"![{what}]({track.name}/{name})" for name, what in pictures.items() if name != "timeline.svg"]
     if "timeline.svg" in pictures:
         parts += ["### When the signatures emerge", f"![{pictures['timeline.svg']}]({track.name}/timeline.svg)"]
@@ -171,6 +190,8 @@ DOCUMENTS = """One model that was there already, one seed: intervals are over {}
 tokens each, and comparisons are paired over them."""
 SEEDS = """Does a seed make every recipe better or worse? {}. Where it explains nothing, pairing by it buys nothing: \
 log KL is compared unpaired, the loss paired."""
+HYPOTHESES_LEGEND = """Written before the runs, in [hypotheses.yaml]({}/hypotheses.yaml), with the rules by which they \
+are judged here. A prediction holds where all its conditions do; *measured* has their figures, in the rule's order."""
 RELATION_LEGEND = f"""Spearman's ρ of KL(full ‖ quantized) with figures of the full-precision model, a point per run \
 of a pretraining recipe (the pictures have post-hoc ones, too, hollow). *within*: deviations from the recipe's mean, \
 in standard deviations. *given*: partial. *extremes exempt*: with the KL that is left where extreme tokens stay in \

@@ -184,13 +184,15 @@ def standard_tables(track: Board) -> dict[str, Table]:
 
 def accuracies(record: Record, task: str, quantizers: list[str]) -> list[str]:
     """Of one model on one task: in full precision, and what each quantizer changes."""
-    exact = list(map(int, record["full-precision"]["lm-eval-items"].get(task, "")))
-    shown = [_text(mean_of(exact))]
-    for name in quantizers:
-        items = (record["quantized"].get(name, {}).get("lm-eval-items") or {}).get(task, "")
-        changed = [int(rough) - right for rough, right in zip(items, exact)] if len(items) == len(exact) else []
-        shown.append(_text(mean_of(changed)))
-    return shown
+    exact = map(int, record["full-precision"]["lm-eval-items"].get(task, ""))
+    return [_text(mean_of(exact)), *(_text(changed(record, task, name)) for name in quantizers)]
+
+
+def changed(record: Record, task: str, quantizer: str) -> Mean | None:
+    """What a quantizer changes in the accuracy on a task, over its items."""
+    exact = (record["full-precision"].get("lm-eval-items") or {}).get(task, "")
+    items = (record["quantized"].get(quantizer, {}).get("lm-eval-items") or {}).get(task, "")
+    return mean_of(int(a) - int(b) for a, b in zip(items, exact)) if len(items) == len(exact) else None
 
 
 def relation_table(by_predictor: dict[str, Any]) -> Table:
