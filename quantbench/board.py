@@ -3,24 +3,32 @@
 A row is a recipe on a track, over seeds; where the model was there already and has one seed, over its held-out
 sequences, each of another document. Rows are ranked by *damage*, the loss that the track's quantizer adds to the
 model's own full-precision loss (ranking by quantized loss would rank full precision: its gaps are larger than the
-damage). What a row claims against the baseline is tested on log KL(full || quantized), paired over seeds; see
-`stats`.
+damage). What a row claims is tested on log KL(full || quantized) and on the loss; see `stats`:
+
+- a pretraining recipe against the baseline, in one family: log KL unpaired, since a seed draws other models from
+  another recipe and explains nothing of it (`Board.seeds` has the test), the loss paired over the seeds of both;
+- a post-hoc recipe against the recipe whose checkpoints it shares, paired over these, in a family of their own;
+- where the model was there already, paired over documents.
 """
 
 from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from quantbench import stats
-from quantbench.numerals import plus_minus
+from quantbench import relation, stats
+from quantbench.catalog import POST_HOC
+from quantbench.numerals import hundredths, plus_minus
 from quantbench.results import BASELINE, Record, comparable, rank_by
 
-LEARNED_LESS, PARETO = "learned less", "Pareto"  # notes that `answer` reads
+LEARNED_LESS = "learned less"
 SAME = 1e-5  # nats between losses of one function, computed in another order
+SURVIVES = 0.01  # nats per token of damage: a recipe whose upper limit is below survives the quantizer
+FRONT = 0.8  # of the bootstrap draws: what a row's place on the Pareto front takes to be marked
+DRAWS = 4000
 SIGNATURES = ("residual-peak", "bos-attention", "value-drain")
 
 
@@ -44,8 +52,20 @@ class Row:
     records: list[Record]
     rank: int | None = None
     diverged: bool = False  # one of its seeds did: the others are the lucky ones, and cannot be ranked
-    comparisons: dict[str, stats.Comparison] = field(default_factory=dict)  # quantizer -> log KL against the baseline
+    control: str = BASELINE  # the recipe it is compared with; of a post-hoc one, that whose checkpoints it shares
+    comparisons: dict[str, stats.Comparison] = field(default_factory=dict)  # quantizer -> log KL against the control
+    loss: stats.Comparison | None = None  # minus the control's, paired over the seeds or documents of both
+    front: float | None = None  # share of bootstrap draws in which it lies on the Pareto front of loss and damage
     notes: list[str] = field(default_factory=list)
+
+    @property
+    def learned_less(self) -> bool:
+        return self.loss is not None and self.loss.separates and self.loss.difference.mean > SAME
+
+    def survives(self, quantizer: str) -> bool:
+        """Whether the damage is below `SURVIVES`, its interval included."""
+        damage = self.quantized(quantizer, "damage")
+        return damage is not None and damage.interval is not None and damage.interval.high < SURVIVES
 
     def full(self, *keys: str) -> Mean | None:
         """The mean of a full-precision figure, such as `loss`, or `metrics`, `act-max`, `value`."""
@@ -78,6 +98,12 @@ class Row:
             return {i: None if a is None or b is None else a - b for i, (a, b) in enumerate(pairs)}
         return dict(enumerate(rough["sequence-kl" if key == "kl" else "sequence-losses"]))
 
+    def damages(self, quantizer: str) -> dict[int, float]:
+        """seed, or document -> damage, of those that have one."""
+        by_seed = {r["seed"]: dig(r["quantized"].get(quantizer), ("damage",)) for r in self.records}
+        found = self.units("damage", quantizer) or by_seed
+        return {unit: damage for unit, damage in found.items() if damage is not None}
+
     def share(self, quantizer: str, exempt: str) -> float | str | None:
         """The share of the damage that goes away when some tokens stay in full precision, mean over seeds."""
         damage = self.quantized(quantizer, "damage")
@@ -89,6 +115,12 @@ class Row:
             return "undefined"
         shares = [1 - part / whole for part, whole in zip(left, damages, strict=True)]
         return math.fsum(shares) / len(shares)
+
+    def only_bos(self, quantizer: str) -> bool:
+        """Whether the extreme tokens of every run are its sequences' first ones, and no other."""
+        counts = [dig(r["quantized"].get(quantizer), ("exemption", "tokens")) for r in self.records]
+        sequences = [dig(r["track"]["resolved"], ("evaluate", "sequences")) for r in self.records]
+        return None not in counts and counts == sequences
 
     def share_interval(self, quantizer: str, exempt: str) -> stats.Interval | None:
         """The share with its interval over documents; None for a row over seeds, or where it is undefined."""
@@ -111,6 +143,7 @@ class Board:
     quantizers: list[str]
     rows: list[Row]
     records: list[Record]
+    seeds: dict[str, tuple[float, float]]  # log KL, loss -> (F, p) of the seed, over the pretraining recipes
 
 
 def board(records: list[Record]) -> Board:
@@ -123,11 +156,20 @@ def board(records: list[Record]) -> Board:
     ranked.sort(key=lambda r: (value_of(r.quantized(ranking, "damage")), r.name))
     for rank, row in enumerate(ranked, 1):
         row.rank = rank
-    _compare(ranked, quantizers, ranking)
+    own, shared = _families(ranked, ranking)
+    _compare(own, shared, quantizers)
+    _note_alike(ranked, ranking)
     _note_front(ranked, ranking)
+    for row in ranked:
+        row.notes += ["survives"] if row.survives(ranking) else []
     _note_environments(rows)
     last = sorted((r for r in rows if r.rank is None), key=lambda r: (r.diverged, r.name))
-    return Board(track["name"], track["title"], ranking, quantizers, ranked + last, records)
+    effects = {
+        "log KL": stats.unit_effect({row.name: _log_kl(row, ranking) for row in own}),
+        "loss": stats.unit_effect({row.name: _losses(row) for row in own}),
+    }
+    seeds = {name: effect for name, effect in effects.items() if effect is not None}
+    return Board(track["name"], track["title"], ranking, quantizers, ranked + last, records, seeds)
 
 
 def _row(name: str, kept: list[Record], stale: list[Record]) -> Row:
@@ -154,31 +196,73 @@ def _row(name: str, kept: list[Record], stale: list[Record]) -> Row:
     return row
 
 
-def _compare(ranked: list[Row], quantizers: list[str], ranking: str) -> None:
-    """Log KL against the baseline under every quantizer; who is like the best; who learned less."""
-    for quantizer in quantizers:
-        logs = {row.name: _log_kl(row, quantizer) for row in ranked}
-        family = stats.with_control({name: values for name, values in logs.items() if values}, BASELINE)
-        for row in ranked:
-            if row.name in family:
-                row.comparisons[quantizer] = family[row.name]
-            documents = len(row.units("kl", quantizer))
-            count, what = (documents, "documents") if documents else (len(row.records), "runs")
-            left_out = count - len(logs[row.name])
-            if left_out and quantizer == ranking:
-                row.notes.append(f"KL not above 0 in {left_out} of {count} {what}, not compared")
-        if quantizer == ranking and len(ranked) > 1:
-            present = {name: values for name, values in logs.items() if values}
-            alike = stats.like_the_best(present, ranked[0].name)
-            ranked[0].notes.insert(0, "best")
-            for row in ranked[1:]:
-                if row.name in alike:
-                    row.notes.insert(0, "like the best")
-    losses = {row.name: _losses(row) for row in ranked}
-    learned = stats.with_control(losses, BASELINE)
+def _families(ranked: list[Row], ranking: str) -> tuple[list[Row], list[Row]]:
+    """Rows of models of their own, and rows that share models with others, each of which gets its control."""
+    shared = []
     for row in ranked:
-        if row.name in learned and learned[row.name].difference.low > 0:
-            row.notes.append(LEARNED_LESS)
+        if relation.post_hoc(row.records[0]):
+            row.control = _checkpoints_of(row, ranked)
+            row.notes += [f"against {row.control}"] if row.control not in (BASELINE, row.name) else []
+            shared.append(row)
+        elif row.units("kl", ranking):
+            shared.append(row)
+    return [row for row in ranked if row not in shared], shared
+
+
+def _compare(own: list[Row], shared: list[Row], quantizers: list[str]) -> None:
+    """Log KL under every quantizer, and the loss, against each row's control; who learned less."""
+    for quantizer in quantizers:
+        logs = {row.name: _log_kl(row, quantizer) for row in (*own, *shared)}
+        found = stats.against({row.name: logs[row.name] for row in own if logs[row.name]}, BASELINE)
+        found |= stats.paired(_differences(shared, logs))
+        for row in (*own, *shared):
+            if row.name in found:
+                row.comparisons[quantizer] = found[row.name]
+    losses = {row.name: _losses(row) for row in (*own, *shared)}
+    for family in (own, shared):
+        found = stats.paired(_differences(family, losses))
+        for row in family:
+            row.loss = found.get(row.name)
+            if row.learned_less:
+                row.notes.append(LEARNED_LESS)
+
+
+def _note_alike(ranked: list[Row], ranking: str) -> None:
+    """Marks the best, who is like the best, and who could not be compared in whole."""
+    logs = {row.name: _log_kl(row, ranking) for row in ranked}
+    for row in ranked:
+        documents = len(row.units("kl", ranking))
+        count, what = (documents, "documents") if documents else (len(row.records), "runs")
+        if left_out := count - len(logs[row.name]):
+            row.notes.append(f"KL not above 0 in {left_out} of {count} {what}, not compared")
+    if len(ranked) > 1:
+        alike = stats.like_the_best({name: values for name, values in logs.items() if values}, ranked[0].name)
+        ranked[0].notes.insert(0, "best")
+        for row in ranked[1:]:
+            if row.name in alike:
+                row.notes.insert(0, "like the best")
+
+
+def _checkpoints_of(row: Row, rows: list[Row]) -> str:
+    """The recipe of the same pretraining and rate, whose checkpoints a post-hoc one shares; else the row itself."""
+
+    def pretraining(of: Row) -> Any:
+        resolved = of.records[0]["recipe"]["resolved"]
+        mine = {name: kw for name, kw in (resolved.get("mitigations") or {}).items() if name not in POST_HOC}
+        return mine, resolved.get("lr")
+
+    others = (r for r in rows if r.records and not relation.post_hoc(r.records[0]))
+    return next((other.name for other in others if pretraining(other) == pretraining(row)), row.name)
+
+
+def _differences(rows: list[Row], values: Mapping[str, Mapping[int, float]]) -> dict[str, list[float]]:
+    """Of every row but the controls: value minus its control's, of the units that both have."""
+    found = {}
+    for row in rows:
+        mine, base = values[row.name], values.get(row.control, {})
+        if both := [mine[unit] - base[unit] for unit in sorted(mine.keys() & base.keys()) if row.control != row.name]:
+            found[row.name] = both
+    return found
 
 
 def _losses(row: Row) -> dict[int, float]:
@@ -194,13 +278,34 @@ def _log_kl(row: Row, quantizer: str) -> dict[int, float]:
 
 
 def _note_front(ranked: list[Row], ranking: str) -> None:
-    """Marks rows than which no other has both a lower full-precision loss and a lower damage."""
-    lowest = math.inf
-    for row in ranked:  # by damage
-        loss = value_of(row.full("loss"))
-        if loss < lowest - SAME:
-            lowest = loss
-            row.notes.insert(0, PARETO)
+    """How sure it is that no other row has both a lower loss and a lower damage, and a note from `FRONT` on.
+
+    A draw resamples each row's seeds (documents), the same ones for rows that have the same. The loss of a row is
+    that of the baseline plus the difference over the seeds of both, since not all have the same seeds.
+    """
+    import numpy as np
+
+    base = next((_losses(row) for row in ranked if row.name == BASELINE), {})
+    middle = math.fsum(base.values()) / len(base) if base else 0.0
+    units = {}
+    for row in ranked:
+        losses, damages = _losses(row), row.damages(ranking)
+        both = [unit for unit in sorted(losses.keys() & damages.keys()) if not base or unit in base]
+        if len(both) > 1:
+            units[row.name] = [(losses[unit] - base.get(unit, middle), damages[unit]) for unit in both]
+    if not units:
+        return
+    uniform = np.random.default_rng(0).random((DRAWS, max(map(len, units.values()))))
+    drawn = np.stack([
+        np.array(values)[(uniform[:, : len(values)] * len(values)).astype(int)].mean(1) for values in units.values()
+    ])  # fmt: skip
+    loss_RB, damage_RB = drawn[..., 0], drawn[..., 1]
+    for index, name in enumerate(units):
+        beaten_B = ((loss_RB < loss_RB[index] + SAME) & (damage_RB < damage_RB[index])).any(0)
+        row = next(row for row in ranked if row.name == name)
+        row.front = float(1 - beaten_B.mean())
+        if row.front >= FRONT:
+            row.notes.insert(0, f"Pareto {hundredths(row.front)}")
 
 
 def _note_environments(rows: list[Row]) -> None:

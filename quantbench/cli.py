@@ -451,6 +451,30 @@ def relation(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def hypotheses_(arguments: argparse.Namespace) -> int:
+    """Hold the predictions that were written before the runs against the records."""
+    import json
+
+    from quantbench import claims, hypotheses
+    from quantbench.board import board
+    from quantbench.relation import relate
+    from quantbench.results import read_all
+
+    results = _results(arguments)
+    records = read_all(results)
+    related, claimed, found = relate(records), claims.examine(results), {}
+    for track in sorted({r["track"]["name"] for r in records} if arguments.track is None else {arguments.track}):
+        mine = [r for r in records if r["track"]["name"] == track]
+        if mine and (written := hypotheses.read(results, track)):
+            facts = hypotheses.Facts(board(mine), related[track], claimed)
+            found[track] = hypotheses.judged(written, facts)
+    if arguments.json:
+        print(json.dumps(hypotheses.plain_form(found), indent=1, sort_keys=True, ensure_ascii=False))
+    for track, verdicts in {} if arguments.json else found.items():
+        print_table(hypotheses.table(verdicts), f"predictions of {track}: {hypotheses.score(verdicts)}")
+    return 0
+
+
 def carry(arguments: argparse.Namespace) -> int:
     """Write a track's text into one file, for a machine that has no network or other packages."""
     name, track = [_track(arguments.track, declared=declared) for declared in (True, False)][1]
@@ -560,6 +584,10 @@ def _parser() -> argparse.ArgumentParser:
     shows.add_argument("--track", default="text")
     verb("check", check).add_argument("file", nargs="+", metavar="FILE", help="recipe or track files")
     verb("leaderboard", leaderboard_).add_argument("--results", metavar="DIR")
+    predicts = verb("hypotheses", hypotheses_)
+    predicts.add_argument("--track", metavar="TRACK", help="one track alone (default: all)")
+    predicts.add_argument("--results", metavar="DIR")
+    predicts.add_argument("--json", action="store_true", help="one JSON object")
     relates = verb("relation", relation)
     relates.add_argument("--results", metavar="DIR")
     relates.add_argument("--json", action="store_true", help="one JSON object")

@@ -2,7 +2,7 @@
 
 A cell is a quantizer of the track that differs from the others in these three alone: as many bits for activations as
 for weights, symmetric, plain absmax ranges. It separates a recipe from the baseline where the interval of the log KL
-ratio (Dunnett, over the recipes of that cell) leaves out 0; cells are not adjusted for one another.
+ratio (Holm, over the recipes of that cell) leaves out 0; cells are not adjusted for one another.
 """
 
 from collections.abc import Mapping

@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from quantbench import answer, claims, figures, gallery, relation, tables
+from quantbench import answer, claims, figures, gallery, hypotheses, relation, tables
 from quantbench.board import SIGNATURES, Board, Mean, board, value_of
 from quantbench.markup import escape, harmless, markdown
 from quantbench.numerals import plain
@@ -38,13 +38,17 @@ def render(results_root: Path, readme: Path | None = None) -> dict[Path, bytes]:
     records, sites = read_all(results_root), read_sites(results_root)
     tracks = sorted({r["track"]["name"] for r in records}, key=lambda name: (name != HEADLINE_TRACK, name))
     boards = [board([r for r in records if r["track"]["name"] == track]) for track in tracks]
-    related = {name: _telling(found) for name, found in relation.relate(records).items()}
+    everything, claimed = relation.relate(records), claims.examine(results_root)
+    related = {name: _telling(found) for name, found in everything.items()}
     files: dict[Path, bytes] = {}
     sections = [INTRODUCTION]
     for track in boards:
         pictures = _pictures(track, related[track.name])
         files |= {results_root / track.name / name: data for name, (data, _) in pictures.items()}
-        sections.append(_section(track, related[track.name], {name: what for name, (_, what) in pictures.items()}))
+        shown = {name: what for name, (_, what) in pictures.items()}
+        sections.append(
+            _section(track, related[track.name], shown, _predicted(results_root, track, everything, claimed))
+        )
         mine = [r for r in sites if r["track"]["name"] == track.name]
         for quantizer, runs in tables.paying(mine, track.records).items():
             picture = figures.propagation(runs, track.records)
@@ -82,6 +86,16 @@ def write(results_root: Path, readme: Path | None = None) -> list[Path]:
     for path in changed:
         atomic_write(path, files[path])
     return sorted(changed + gone)
+
+
+def _predicted(
+    results_root: Path, track: Board, related: dict[str, Any], claimed: dict[str, list[claims.Row]]
+) -> list[hypotheses.Verdict]:
+    """What was written before the track's runs, with its verdicts; empty where nothing was."""
+    found = hypotheses.read(results_root, track.name)
+    if found is None:
+        return []
+    return hypotheses.judged(found, hypotheses.Facts(track, related[track.name], claimed))
 
 
 def _telling(related: dict[str, Any]) -> dict[str, Any]:
@@ -122,12 +136,18 @@ def _pictures(track: Board, related: dict[str, Any]) -> dict[str, tuple[bytes, s
     return {name: (data, what) for name, (data, what) in drawn.items() if data is not None}
 
 
-def _section(track: Board, related: dict[str, Any], pictures: dict[str, str]) -> str:
+def _section(
+    track: Board, related: dict[str, Any], pictures: dict[str, str], predicted: list[hypotheses.Verdict]
+) -> str:
     parts = [f"## {escape(track.title)} (`{track.name}`)"]
     if documents := len(track.rows[0].units("loss")):
         length = track.rows[0].records[0]["track"]["resolved"]["length"]
         parts.append(DOCUMENTS.format(documents, length))
     parts += [*_answers(track, related), markdown(tables.main_table(track))]
+    if track.seeds:
+        parts.append(
+            SEEDS.format("; ".join(f"{what}: F = {F:.2f}, p = {p:.2f}" for what, (F, p) in track.seeds.items()))
+        )
     if maps := tables.map_tables(track):
         parts += ["### The map: scope of the ranges × residual stream × bits", MAP_LEGEND]
         parts += [tables.separating(track)] if any(row.comparisons for row in track.rows) else []
@@ -141,10 +161,17 @@ def _section(track: Board, related: dict[str, Any], pictures: dict[str, str]) ->
     for task, scored in tables.standard_tables(track).items():
         items = len(track.rows[0].records[0]["full-precision"]["lm-eval-items"][task])
         parts += [f"### {task}, by lm-evaluation-harness ({items:,} items)", STANDARD_LEGEND, markdown(scored)]
-    relations = tables.relation_table(related)
-    if relations[1]:
-        parts += ["### Does the peak predict the error?", RELATION_LEGEND, markdown(relations)]
+    if track.ranking in related and (relations := tables.relation_table(related[track.ranking]))[1]:
+        parts += [f"### What does the error go with? (`{track.ranking}`)", RELATION_LEGEND, markdown(relations)]
+        best = relation.winner(related[track.ranking])
+        after = tables.post_hoc_table(track, list(dict.fromkeys(name for name in (relation.PEAK, best) if name)))
+        parts += [POST_HOC_LEGEND, markdown(after)] if after[1] else []
+        parts += ["### The same under every quantizer", WINNERS_LEGEND, markdown(tables.winners_table(related))]
+        parts += [FAMILY_LEGEND, markdown(tables.family_table(track, related))]
         parts += [PREDICTORS_LEGEND, markdown(tables.predictor_table(related))]
+    if predicted:
+        verdicts = markdown(hypotheses.table(predicted))
+        parts += [f"### Predictions: {hypotheses.score(predicted)}", HYPOTHESES_LEGEND.format(track.name), verdicts]
     parts += [f"![{what}]({track.name}/{name})" for name, what in pictures.items() if name != "timeline.svg"]
     if "timeline.svg" in pictures:
         parts += ["### When the signatures emerge", f"![{pictures['timeline.svg']}]({track.name}/timeline.svg)"]
@@ -163,19 +190,29 @@ def _sites_section(track: Board, quantizer: str, runs: list[Record], pictured: b
     return "\n\n".join(parts) + "\n"
 
 
-MAP_LEGEND = """Damage in nats per token, and in brackets the KL relative to the baseline's, paired over seeds; † \
-where its 95% interval leaves out 1 (Dunnett over the recipes of a cell; cells are not adjusted for one another). \
+MAP_LEGEND = """Damage in nats per token, and in brackets the KL relative to the baseline's; † where it is told from 1 \
+at 5% (Holm over the recipes of a cell; cells are not adjusted for one another). \
 *residual*: the residual stream is rounded after every sublayer, too. W4A4 weights come in groups of 64."""
 STANDARD_LEGEND = """Accuracy in full precision, mean ± half of the 95% t interval over items; under each quantizer \
 what it changes, paired over the same items."""
 DOCUMENTS = """One model that was there already, one seed: intervals are over {} held-out documents, a window of {} \
 tokens each, and comparisons are paired over them."""
-RELATION_LEGEND = f"""log KL(full ‖ quantized) on the log of the predictor, a point per run of a pretraining recipe \
-(the pictures have post-hoc ones, too, hollow). ρ: Spearman, over all \
-runs; *within* recipes (their means removed); *given* the full-precision loss (partial). In brackets 95% limits of a \
-bootstrap over clusters of recipes that share a mitigation. Below {relation.FEWEST_RECIPES} recipes only ρ and the \
-counts are given. R²: how well a line through the other recipes predicts a recipe, against their mean."""
-PREDICTORS_LEGEND = """Its rivals, by ρ alone; † where the interval leaves out 0 (each by itself: they are many)."""
+SEEDS = """Does a seed make every recipe better or worse? {}. Where it explains nothing, pairing by it buys nothing: \
+log KL is compared unpaired, the loss paired."""
+HYPOTHESES_LEGEND = """Written before the runs, in [hypotheses.yaml]({}/hypotheses.yaml), with the rules by which they \
+are judged here. A prediction holds where all its conditions do; *measured* has their figures, in the rule's order."""
+RELATION_LEGEND = f"""Spearman's ρ of KL(full ‖ quantized) with figures of the full-precision model, a point per run \
+of a pretraining recipe (the pictures have post-hoc ones, too, hollow). *within*: deviations from the recipe's mean, \
+in standard deviations. *given*: partial. *extremes exempt*: with the KL that is left where extreme tokens stay in \
+full precision. *draws won*: in which this ρ is the largest. In brackets 95% limits of a bootstrap over clusters of \
+recipes that share a mitigation, be it by way of others. R²: how well a line through the other recipes predicts a \
+recipe, against their mean. Below {relation.FEWEST_RECIPES} recipes only ρ and the counts are given. Every figure: \
+`quantbench relation --json`."""
+POST_HOC_LEGEND = """Post-hoc recipes are no points of it. Do they lie on its line (log KL on the logarithm of the \
+predictor, least squares over the pretraining runs)? Geometric means over seeds."""
+WINNERS_LEGEND = """The predictor with the largest ρ under each quantizer, beside the residual peak."""
+FAMILY_LEGEND = """Mean ρ over the quantizers of a kind; ← the largest."""
+PREDICTORS_LEGEND = """ρ of every predictor; † where the interval leaves out 0 (each by itself: they are many)."""
 
 
 def _legend() -> str:
@@ -200,7 +237,17 @@ def _with_block(readme: Path, results_root: Path, boards: list[Board], related: 
     block = EMPTY
     if track is not None:
         header, rows = tables.main_table(track)
-        kept = ("rank", "recipe", "seeds", "loss", "residual peak", f"damage {track.ranking}", "KL ratio", "p")
+        kept = (
+            "rank",
+            "recipe",
+            "seeds",
+            "loss",
+            "Δ loss",
+            "residual peak",
+            f"damage {track.ranking}",
+            "KL ratio",
+            "p",
+        )
         columns = [header.index(name) for name in (*kept, "share carried", "notes")]
         link = Path(os.path.relpath(results_root / "README.md", readme.parent)).as_posix()
         short = ([header[i] for i in columns], [[row[i] for i in columns] for row in rows])
@@ -225,6 +272,7 @@ def _csv(boards: Iterable[Board]) -> bytes:
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
     header = ["track", "recipe", "title", "rank", "seeds", "loss", "loss-low", "loss-high", *SIGNATURES, "act-max"]
+    header += ["loss-difference", "loss-difference-low", "loss-difference-high", "loss-p", "front"]
     header += ["quantizer", "ranks", "damage", "damage-low", "damage-high", "kl", "kl-ratio", "kl-ratio-low"]
     writer.writerow([*header, "kl-ratio-high", "p", "share-carried", "share-carried-random", "notes"])
     for track in boards:
@@ -232,6 +280,9 @@ def _csv(boards: Iterable[Board]) -> bytes:
             signatures = [_digits(value_of(row.full("metrics", name, "value"))) for name in (*SIGNATURES, "act-max")]
             left = [harmless(text) for text in (track.name, row.name, row.title)]
             left += [str(row.rank or ""), str(len(row.records)), *_limits(row.full("loss")), *signatures]
+            difference = row.loss and row.loss.difference
+            left += [_digits(x) for x in (difference.mean, difference.low, difference.high)] if difference else [""] * 3
+            left += [_digits(row.loss.p if row.loss else None), _digits(row.front)]
             for quantizer in track.quantizers if row.records else [""]:
                 cells = [harmless(quantizer), str(int(quantizer == track.ranking))]
                 cells += [

@@ -2,14 +2,28 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from quantbench import grid, relation
-from quantbench.board import SIGNATURES, Board, Mean, Row, board, dig, mean_of, value_of
+from quantbench.board import (
+    DRAWS,
+    FRONT,
+    SAME,
+    SIGNATURES,
+    SURVIVES,
+    Board,
+    Mean,
+    Row,
+    board,
+    dig,
+    mean_of,
+    value_of,
+)
 from quantbench.markup import Table
-from quantbench.numerals import estimate, hundredths, plain
+from quantbench.numerals import estimate, hundredths, plain, plus_minus
 from quantbench.results import BASELINE, Record, comparable, digests, read_all
 
 WIDE = 8  # columns of a table of quantizers
@@ -17,19 +31,26 @@ LEGEND = {
     "rank": "by damage; rows without a rank cannot be ranked, for the reason in their notes",
     "seeds": "finished runs that count",
     "loss": "full precision, nats per token on held-out text; mean ± half of the 95% t interval over seeds",
+    "Δ loss": "loss minus the baseline's over the seeds that both have, with its interval at the level at which Holm "
+    "judged it",
     "residual peak": "largest / median token norm of the residual stream, at the layer where that is largest",
     "BOS attention": "mean attention weight on the first token",
     "value drain": "value norm of the first token / mean of the others",
     "act-max": "largest input of any Linear of the blocks",
     "damage": "quantized minus full-precision loss under the quantizer named, nats per token",
-    "KL ratio": "KL(full ‖ quantized) relative to the baseline, paired over seeds; the intervals of all rows hold "
-    "together at 95% (Dunnett)",
-    "p": "of that ratio being 1, adjusted for the number of rows",
+    "KL ratio": "KL(full ‖ quantized) relative to the baseline's, of geometric means over seeds (a post-hoc recipe: "
+    "paired over the checkpoints that both have); variances moderated over recipes; the interval is at the level at "
+    "which Holm's procedure judged the row, so that it leaves out 1 just where p is below .05",
+    "p": "of that ratio being 1, adjusted by Holm over the pretraining recipes, or over the post-hoc ones: the chance "
+    "that any row of a family is told apart wrongly is at most 5%",
     "share carried": "of the damage by extreme tokens: what goes away when they stay in full precision; in brackets "
     "when as many random tokens do; undefined where the damage may be 0",
-    "notes": "*best*: rank 1. *like the best*: its KL cannot be told from that of rank 1 (Tukey, all pairs, 5%). "
-    "*Pareto*: no row has both a lower loss and a lower damage. *learned less*: its full-precision loss is higher "
-    "than the baseline's (Dunnett, 5%), so that a smaller damage may only mean that there was less to damage. "
+    "notes": "*best*: rank 1. *like the best*: its KL cannot be told from that of rank 1 (Games and Howell, all "
+    f"pairs, 5%). *Pareto* and a number: the share of {DRAWS:,} bootstrap draws of the seeds in which no row has both "
+    f"a lower loss and a lower damage; said from {FRONT} on. *survives*: the upper limit of its damage is below "
+    f"{SURVIVES} nats. *learned less*: its full-precision loss is higher than the baseline's (paired, Holm, 5%), so "
+    "that a smaller damage may only mean that there was less to damage. *against*: the recipe whose checkpoints a "
+    "post-hoc one shares. "
     "*stale*: of another version of the recipe, the track or the data, never pooled. *n of m seeds*: fewer than the "
     "track asks for. *other* or *mixed environments*: threads, CPU capability, device or build differ",
 }
@@ -37,12 +58,19 @@ LEGEND = {
 
 def main_table(track: Board) -> Table:
     """The ranked table: signatures, damage, and what may be claimed."""
-    header = ["rank", "recipe", "seeds", "loss", "residual peak", "BOS attention", "value drain", "act-max"]
+    header = ["rank", "recipe", "seeds", "loss", "Δ loss", "residual peak", "BOS attention", "value drain", "act-max"]
     header += [f"damage {track.ranking}", "KL ratio", "p", "share carried", "notes"]
     rows = []
     for row in track.rows:
         signatures = [_figure(row.full("metrics", name, "value")) for name in (*SIGNATURES, "act-max")]
-        cells = [str(row.rank or "–"), row.name, str(len(row.records)), _text(row.full("loss")), *signatures]
+        cells = [
+            str(row.rank or "–"),
+            row.name,
+            str(len(row.records)),
+            _text(row.full("loss")),
+            _loss(row),
+            *signatures,
+        ]
         ratio, p = _ratio(row, track.ranking)
         damage = _text(row.quantized(track.ranking, "damage"))
         rows.append([*cells, damage, ratio, p, _share(row, track.ranking), "; ".join(row.notes)])
@@ -156,32 +184,100 @@ def standard_tables(track: Board) -> dict[str, Table]:
 
 def accuracies(record: Record, task: str, quantizers: list[str]) -> list[str]:
     """Of one model on one task: in full precision, and what each quantizer changes."""
-    exact = list(map(int, record["full-precision"]["lm-eval-items"].get(task, "")))
-    shown = [_text(mean_of(exact))]
-    for name in quantizers:
-        items = (record["quantized"].get(name, {}).get("lm-eval-items") or {}).get(task, "")
-        changed = [int(rough) - right for rough, right in zip(items, exact)] if len(items) == len(exact) else []
-        shown.append(_text(mean_of(changed)))
-    return shown
+    exact = map(int, record["full-precision"]["lm-eval-items"].get(task, ""))
+    return [_text(mean_of(exact)), *(_text(changed(record, task, name)) for name in quantizers)]
 
 
-def relation_table(related: dict[str, Any]) -> Table:
-    """How log KL goes with the log of a predictor, per quantizer."""
-    names = ("rho", "within-rho", "partial-rho", "slope", "within-slope")
-    header = ["quantizer", "predictor", "runs", "recipes", "clusters", "ρ", "ρ within", "ρ given loss"]
-    header += ["slope", "slope within", "R² of a recipe left out"]
+def changed(record: Record, task: str, quantizer: str) -> Mean | None:
+    """What a quantizer changes in the accuracy on a task, over its items."""
+    exact = (record["full-precision"].get("lm-eval-items") or {}).get(task, "")
+    items = (record["quantized"].get(quantizer, {}).get("lm-eval-items") or {}).get(task, "")
+    return mean_of(int(a) - int(b) for a, b in zip(items, exact)) if len(items) == len(exact) else None
+
+
+def relation_table(by_predictor: dict[str, Any]) -> Table:
+    """Every predictor under the quantizer that ranks, the best first: what it says alone and given the others."""
+    told = {name: found for name, found in by_predictor.items() if found["rho"]}
+    ordered = sorted(told, key=lambda name: -told[name]["rho"]["estimate"])
+    header = ["predictor", "looks at", "runs", "recipes", "clusters", "ρ", "ρ within", "ρ given loss", "ρ given rate"]
+    header += [
+        *(f"ρ given {name}" for name in ordered[:2]),
+        "ρ, extremes exempt",
+        "draws won",
+        "R² of a recipe left out",
+    ]
+    rows = []
+    for name in ordered:
+        found = told[name]
+        cells = [str(found[key]) for key in ("n", "recipes", "clusters")]
+        cells += [estimate(found[key]) for key in ("rho", "within-rho", "given-loss", "given-rate")]
+        cells += [estimate((found["given"] or {}).get(other)) for other in ordered[:2]]
+        won = "–" if found["won"] is None else hundredths(found["won"])
+        rows.append([name, relation.PREDICTORS[name], *cells, estimate(found["exempt-rho"]), won, plain(found["r2"])])
+    return header, rows
+
+
+def winners_table(related: dict[str, Any]) -> Table:
+    """Per quantizer the predictor with the largest ρ, beside the residual peak."""
+    header = [
+        "quantizer",
+        "predictor",
+        "draws won",
+        "ρ",
+        "ρ given the peak",
+        "R²",
+        "ρ of the peak",
+        "the peak given it",
+    ]
     rows = []
     for quantizer, by_predictor in related.items():
-        for predictor, found in by_predictor.items():
-            if found["n"] > 2 and predictor in relation.PREDICTORS:
-                counts = [str(found[name]) for name in ("n", "recipes", "clusters")]
-                r2 = found["leave-one-recipe-out-r2"]
-                rows.append([quantizer, predictor, *counts, *(estimate(found[name]) for name in names), plain(r2)])
+        name, peak = relation.winner(by_predictor), by_predictor.get(relation.PEAK)
+        if name is None or peak is None:
+            continue
+        best = by_predictor[name]
+        given = [estimate((one["given"] or {}).get(other)) for one, other in ((best, relation.PEAK), (peak, name))]
+        won = "–" if best["won"] is None else hundredths(best["won"])
+        cells = [name, won, estimate(best["rho"]), given[0], plain(best["r2"]), estimate(peak["rho"]), given[1]]
+        rows.append([quantizer, *cells])
+    return [*header, "R² of the peak"], [[*row, plain(related[row[0]][relation.PEAK]["r2"])] for row in rows]
+
+
+def family_table(track: Board, related: dict[str, Any]) -> Table:
+    """Mean ρ of every predictor over the quantizers of one kind; the largest in bold letters."""
+    counted = next(record for row in track.rows for record in row.records)
+    resolved = counted["track"]["resolved"].get("quantizers", {})
+    kinds: dict[str, list[str]] = {}
+    for quantizer in related:
+        kinds.setdefault(relation.family(quantizer, resolved.get(quantizer, {})), []).append(quantizer)
+    predictors = list(next(iter(related.values()), {}))
+    rows = []
+    for kind in sorted(kinds):
+        rhos = [[related[q][name]["rho"] for q in kinds[kind]] for name in predictors]
+        means = [None if None in of else math.fsum(x["estimate"] for x in of) / len(of) for of in rhos]
+        top = max((mean for mean in means if mean is not None), default=None)
+        shown = ["–" if mean is None else hundredths(mean) + (" ←" if mean == top else "") for mean in means]
+        rows.append([kind, str(len(kinds[kind])), *shown])
+    return ["kind of rounding", "quantizers", *predictors], rows
+
+
+def post_hoc_table(track: Board, predictors: list[str]) -> Table:
+    """Whether post-hoc recipes lie on the line through the pretraining recipes."""
+    found = {name: relation.post_hoc_against(track.records, track.ranking, name) for name in predictors}
+    recipes = sorted({recipe for by_recipe in found.values() for recipe in by_recipe})
+    header = ["recipe", "KL"]
+    header += [part for name in predictors for part in (name, "KL by its line", "KL / that")]
+    rows = []
+    for recipe in recipes:
+        cells = []
+        for name in predictors:
+            x, line, kl = found[name].get(recipe, (math.nan,) * 3)
+            cells += [plain(x), plain(line), plain(kl / line)]
+        rows.append([recipe, plain(kl), *cells])
     return header, rows
 
 
 def predictor_table(related: dict[str, Any]) -> Table:
-    """Which figure of the full-precision model the error goes with: ρ of every predictor under every quantizer."""
+    """ρ of every predictor under every quantizer."""
     predictors = list(next(iter(related.values()), {}))
     rows = [
         [quantizer, *(_rank_correlation(by_predictor[name]["rho"]) for name in predictors)]
@@ -301,6 +397,16 @@ def _ratio(row: Row, quantizer: str) -> tuple[str, str]:
     ratio = compared.ratio
     p = "<0.0001" if compared.p < 1e-4 else f"{compared.p:.4f}" if compared.p < 0.1 else f"{compared.p:.2f}"
     return f"{plain(ratio.mean)} [{plain(ratio.low)}, {plain(ratio.high)}]", p
+
+
+def _loss(row: Row) -> str:
+    """What the row costs or gains in full precision, over the seeds that it shares with its control."""
+    if row.loss is None:
+        return "" if row.name == BASELINE else "–"
+    mean, half = row.loss.difference.mean, row.loss.difference.half_width
+    if abs(mean) < SAME and half < SAME:
+        return "0"
+    return ("+" if mean > 0 else "") + plus_minus(mean, half)
 
 
 def _share(row: Row, quantizer: str) -> str:

@@ -12,12 +12,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-import scipy.stats
 from synthetic_records import Record, diverged, synthetic
 
-from quantbench import leaderboard, numerals, stats, tables
+from quantbench import leaderboard, numerals, tables
 from quantbench.board import Row, board
 from quantbench.leaderboard import BEGIN, END
 from quantbench.results import ResultsError, read_all, write
@@ -35,103 +33,6 @@ def runs(recipe: str, kls: list[float], **changes: Any) -> list[Record]:
 
 
 BASELINE = runs("baseline", [0.10, 0.12, 0.09, 0.11, 0.10])
-
-
-# --- statistics ----------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("k", "freedom", "table"),  # Dunnett, Biometrics 20:482 (1964), two-sided 5%
-    [
-        *((1, 10, 2.23), (2, 10, 2.57), (3, 10, 2.76), (4, 10, 2.89), (5, 10, 2.99)),
-        *((2, 5, 3.03), (3, 5, 3.29), (2, 20, 2.38), (3, 20, 2.54), (5, 60, 2.58)),
-    ],
-)
-def test_critical_values_are_dunnetts_table(k: int, freedom: int, table: float) -> None:
-    assert stats.dunnett_quantile(0.95, k, freedom, 0.5) == pytest.approx(table, abs=0.0051)
-
-
-@pytest.mark.parametrize("freedom", [1, 2, 7, 40, 1000])
-@pytest.mark.parametrize("t", [0.1, 1.0, 2.5, 6.0])
-def test_one_comparison_is_students_t_and_uncorrelated_normals_factor(freedom: int, t: float) -> None:
-    students = 2 * scipy.stats.t.cdf(t, freedom) - 1
-    assert stats.dunnett_cdf(t, 1, freedom, 0.5) == pytest.approx(students, abs=1e-10)
-    assert stats.dunnett_cdf(t, 4, 10**6, 0.0) == pytest.approx((2 * scipy.stats.norm.cdf(t) - 1) ** 4, abs=1e-5)
-
-
-@pytest.mark.parametrize(("k", "freedom", "q"), [(2, 1, 3.0), (3, 10, 3.88), (24, 90, 5.2), (25, 3, 9.0)])
-def test_studentized_range_is_scipys(k: int, freedom: int, q: float) -> None:
-    assert stats.tukey_cdf(q, k, freedom) == pytest.approx(scipy.stats.studentized_range.cdf(q, k, freedom), abs=1e-7)
-
-
-def test_dunnetts_p_is_scipys_on_a_one_way_layout() -> None:
-    """With every group on seeds of its own there is no seed effect, as scipy assumes: its p is by simulation."""
-    generator = np.random.default_rng(3)
-    groups = [generator.normal(mean, 1.0, 8) for mean in (0.0, 0.8, 1.5, -0.4)]
-    scipys = scipy.stats.dunnett(*groups[1:], control=groups[0], rng=np.random.default_rng(0)).pvalue
-    spread = math.sqrt(sum(((g - g.mean()) ** 2).sum() for g in groups) / 28)
-    ts = [abs(g.mean() - groups[0].mean()) / (spread * math.sqrt(2 / 8)) for g in groups[1:]]
-    assert [1 - stats.dunnett_cdf(t, 3, 28, 0.5) for t in ts] == pytest.approx(scipys, abs=2e-3)
-
-
-def test_two_recipes_compared_is_the_paired_t_test() -> None:
-    a, b = {0: 1.0, 1: 2.5, 2: 2.0, 3: 4.2}, {0: 0.4, 1: 2.2, 2: 1.1, 3: 3.9}
-    [compared] = stats.with_control({"baseline": a, "b": b}, "baseline").values()
-    expected = scipy.stats.ttest_rel(list(b.values()), list(a.values()))
-    limits = expected.confidence_interval()
-    assert compared.p == pytest.approx(expected.pvalue, abs=1e-9)
-    assert (compared.difference.low, compared.difference.high) == pytest.approx((limits.low, limits.high), abs=1e-7)
-
-
-def test_missing_cells_are_fitted_by_least_squares() -> None:
-    """Seed 2 of b is missing: its difference is that of the shared seeds, not of the raw means (by hand)."""
-    model = stats.fit({"baseline": {0: 1.0, 1: 2.0, 2: 9.0}, "b": {0: 2.0, 1: 3.2}}, "baseline")
-    assert model is not None
-    assert model.difference("b", "baseline")[0] == pytest.approx(1.1)
-    assert model.freedom == 1
-    assert model.variance == pytest.approx(0.01)  # residuals +-.05 on the four shared cells
-    assert model.difference("b", "baseline")[1] == pytest.approx(0.1)
-
-
-def test_seeds_that_all_recipes_share_do_not_count_as_noise() -> None:
-    generator = random.Random(0)
-    hard = {seed: 10.0 * seed for seed in range(5)}
-    values = {
-        name: {seed: hard[seed] + shift + generator.gauss(0, 0.01) for seed in range(5)}
-        for name, shift in (("baseline", 0.0), ("same", 0.0), ("lower", -0.1))
-    }
-    compared = stats.with_control(values, "baseline")
-    assert compared["lower"].p < 0.001
-    assert compared["same"].p > 0.05
-
-
-def test_recipes_that_share_no_seed_with_the_baseline_are_not_compared() -> None:
-    values = {"baseline": {0: 1.0, 1: 1.1, 2: 1.3}, "a": {0: 2.0, 1: 2.3, 2: 2.2}, "island": {7: 1.0, 8: 1.2}}
-    assert set(stats.with_control(values, "baseline")) == {"a"}
-    assert stats.like_the_best(values, "baseline") >= {"baseline", "island"}
-    assert stats.with_control({"a": {0: 1.0}}, "baseline") == {}
-    assert stats.with_control({"baseline": {0: 1.0}, "a": {0: 2.0}}, "baseline") == {}
-
-
-def test_the_family_holds_its_level_and_fewer_seeds_widen_the_interval() -> None:
-    """Under the null 5% of families reject something; of 200 that is 4 to 19 (99.7%)."""
-    generator = np.random.default_rng(0)
-    rejected = 0
-    for _ in range(200):
-        y = generator.normal(size=(6, 5)) + generator.normal(size=5)
-        values = {("baseline", *"abcde")[i]: dict(enumerate(y[i])) for i in range(6)}
-        rejected += min(c.p for c in stats.with_control(values, "baseline").values()) < 0.05
-    assert 4 <= rejected <= 19
-    full = stats.with_control(values, "baseline")["a"].difference
-    values["a"] = {0: values["a"][0], 1: values["a"][1]}
-    assert stats.with_control(values, "baseline")["a"].difference.half_width > full.half_width
-
-
-def test_t_interval_by_hand() -> None:
-    interval = stats.t_interval([1.0, 2.0, 3.0])
-    assert interval is not None
-    assert interval.half_width == pytest.approx(4.302653 / math.sqrt(3), abs=1e-6)
-    assert stats.t_interval([1.0]) is None
 
 
 # --- rules of the table --------------------------------------------------------------------------------------------
@@ -160,9 +61,9 @@ def test_fixed_notes() -> None:
     for record in records:
         record["full-precision"]["loss"] += 0.001 * ((record["seed"] * 7 + len(record["recipe"]["name"])) % 5)
     notes = {name: row.notes for name, row in rows_of(records).items()}
-    assert notes["best"] == ["Pareto", "best", "learned less"]
-    assert notes["close"] == ["Pareto", "like the best"]
-    assert notes["pair"] == ["2 of 5 seeds"]
+    assert notes["best"] == ["Pareto 0.93", "best", "learned less"]
+    assert notes["close"] == ["Pareto 1.00", "like the best"]
+    assert notes["pair"] == ["2 of 5 seeds", "learned less"]
     assert "like the best" not in notes["baseline"]
 
 
@@ -172,8 +73,76 @@ def test_rounding_puts_no_row_on_the_front() -> None:
     for record in worse:
         record["full-precision"]["loss"] -= 1e-7
     notes = {name: row.notes for name, row in rows_of([*BASELINE, *better, *worse]).items()}
-    assert "Pareto" in notes["better"]
-    assert "Pareto" not in notes["worse"]
+    assert "Pareto 1.00" in notes["better"]
+    assert not [note for note in notes["worse"] if note.startswith("Pareto")]
+
+
+def test_the_front_is_as_sure_as_its_draws_are() -> None:
+    """Of two rows of one loss, one loses less at three seeds of five: by hand, over all draws, in .683 of them."""
+    one, other = runs("one", [0.01, 0.01, 0.01, 0.03, 0.03]), runs("other", [0.0181] * 5)
+    rows = rows_of([*BASELINE, *one, *other])
+    ones = sum(math.comb(5, k) * 3**k * 2 ** (5 - k) for k in range(6) if (0.01 * k + 0.03 * (5 - k)) / 5 < 0.0181)
+    assert ones / 5**5 == pytest.approx(0.683, abs=1e-3)
+    assert rows["one"].front == pytest.approx(ones / 5**5, abs=0.03)
+    assert rows["other"].front == pytest.approx(1 - ones / 5**5, abs=0.03)
+    assert rows["baseline"].front == 0.0
+    assert rows_of([*BASELINE, *runs("once", [0.01])])["once"].front is None
+
+
+def post_hoc(kls: list[float], lr: float = 0.01, on: tuple[str, ...] = (), **changes: Any) -> list[Record]:
+    """Runs of `hadamard` on the checkpoints of the recipe that `on` is the mitigations of."""
+    records = runs("rotated", kls, mitigations=("hadamard", *on), **changes)
+    for record in records:
+        record["recipe"]["resolved"]["lr"] = lr
+    return records
+
+
+def test_a_post_hoc_row_is_paired_on_the_checkpoints_that_it_shares() -> None:
+    """Half the KL at every seed: told apart, although the seeds scatter by a factor of four; and by less: it is not."""
+    base = runs("baseline", [0.10, 0.40, 0.20, 0.30, 0.15, 0.9, 0.8, 0.7])
+    for record in base:
+        record["recipe"]["resolved"]["lr"] = 0.01
+        record["full-precision"]["loss"] = 3.0 + 0.1 * (record["seed"] > 4)
+    after = post_hoc([0.051, 0.199, 0.101, 0.149, 0.0751])
+    rows = rows_of([*base, *after])
+    compared = rows["rotated"].comparisons["w8a8-static"]
+    assert compared.ratio.mean == pytest.approx(0.501, abs=0.003)
+    assert compared.p < 1e-5
+    assert rows["rotated"].control == "baseline"
+    # The three seeds that it lacks are worse: its loss is still that of its checkpoints.
+    assert rows["rotated"].loss is not None
+    assert rows["rotated"].loss.difference.mean == 0.0
+    same = rows_of([*base, *post_hoc([0.10, 0.40, 0.20, 0.30, 0.15])])["rotated"].comparisons["w8a8-static"]
+    assert (same.ratio.mean, same.p) == (1.0, 1.0)
+
+
+def test_a_post_hoc_row_is_compared_with_the_pretraining_that_it_is_on() -> None:
+    base, gated = runs("baseline", [0.10, 0.12, 0.09]), runs("gated", [0.01, 0.02, 0.03], mitigations=("gate",))
+    for record in (*base, *gated):
+        record["recipe"]["resolved"]["lr"] = 0.01
+    after = post_hoc([0.02, 0.04, 0.06], on=("gate",))
+    row = rows_of([*base, *gated, *after])["rotated"]
+    assert row.control == "gated"
+    assert "against gated" in row.notes
+    assert row.comparisons["w8a8-static"].ratio.mean == pytest.approx(2.0)
+    alone = rows_of([*base, *post_hoc([0.02, 0.04, 0.06], lr=0.3)])["rotated"]
+    assert (alone.control, alone.comparisons, alone.loss) == ("rotated", {}, None)
+
+
+def test_losses_are_compared_over_the_seeds_of_both() -> None:
+    """The baseline's seeds 3 to 7 are .1 worse; a recipe of seeds 0 to 2 that is .01 better at each is just that."""
+    base, better = runs("baseline", [0.1] * 8), runs("better", [0.1] * 3)
+    for record in base:
+        record["full-precision"]["loss"] = 3.0 + 0.1 * (record["seed"] > 2)
+    for record in better:
+        record["full-precision"]["loss"] = 2.99 + 1e-4 * record["seed"]
+    row = rows_of([*base, *better])["better"]
+    assert row.loss is not None
+    assert row.loss.difference.mean == pytest.approx(-0.0099)
+    assert row.loss.separates
+    header, cells = tables.main_table(board([*base, *better]))
+    shown = {line[header.index("recipe")]: line[header.index("Δ loss")] for line in cells}
+    assert shown == {"better": "−0.00990 ± 0.00025", "baseline": ""}
 
 
 def test_diverged_rows_come_last_with_their_reason() -> None:
@@ -301,7 +270,7 @@ def test_writing_twice_changes_nothing_and_old_figures_go(tmp_path: Path) -> Non
     assert not (results / "text/relation-gone.svg").exists()
     assert leaderboard.write(results, readme) == []
     text = readme.read_text()
-    assert text.startswith(f"# Project\n\n{BEGIN}\n**Which recipes survive?** ")
+    assert text.startswith(f"# Project\n\n{BEGIN}\n**Which recipes lose less?** ")
     assert text.endswith(f"[results/README.md](results/README.md).\n{END}\n\nThe rest.\n")
 
 
@@ -338,7 +307,7 @@ def test_hostile_text_stays_text(tmp_path: Path) -> None:
     assert not re.search(r"<(script|img)|(?<!\\)\]\(http|\nb\n|\n# b", markdown)
     assert r"\| a \# b" in markdown
     tables = [line for line in markdown.splitlines() if line.startswith("| ") and "muon" in line]
-    assert [len(re.split(r"(?<!\\)\|", line)) for line in tables] == [15]
+    assert [len(re.split(r"(?<!\\)\|", line)) for line in tables] == [16]
     for line in csv.reader(io.StringIO(files[tmp_path / "leaderboard.csv"].decode())):
         assert not any(cell.startswith(("=", "+", "@")) for cell in line)
     for path, data in files.items():

@@ -3,7 +3,9 @@
 import json
 import math
 import xml.etree.ElementTree as ElementTree
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -32,7 +34,7 @@ def made(
         for seed in range(seeds):
             jitter = 0.3 * generator.normal()
             log_kl = slope * log_peak + (slope if within is None else within) * jitter + noise * generator.normal() - 5
-            mitigations = () if index == 0 else (f"mitigation-{index // relatives}", "sgd-too")
+            mitigations = () if index == 0 else (f"mitigation-{index // relatives}",)
             records.append(
                 synthetic(
                     name,
@@ -66,19 +68,19 @@ def test_estimates_are_scipys() -> None:
     partial = (rho - rho_x * rho_y) / math.sqrt((1 - rho_x**2) * (1 - rho_y**2))
     assert found["rho"]["estimate"] == pytest.approx(rho, abs=1e-4)
     assert found["slope"]["estimate"] == pytest.approx(scipy.stats.linregress(x, y).slope, abs=1e-4)
-    assert found["partial-rho"]["estimate"] == pytest.approx(partial, abs=1e-4)
+    assert found["given-loss"]["estimate"] == pytest.approx(partial, abs=1e-4)
+    assert found["given-rate"] is None  # no record says its rate
     assert (found["n"], found["recipes"], found["clusters"], found["excluded"]) == (50, 10, 10, 0)
-    for name in ("rho", "slope", "within-rho", "within-slope", "partial-rho"):
+    for name in ("rho", "slope", "within-rho", "given-loss"):
         assert found[name]["low"] <= found[name]["estimate"] <= found[name]["high"]
     assert found["slope"]["low"] < 0.7 < found["slope"]["high"]
-    assert found["leave-one-recipe-out-r2"] > 0.9
+    assert found["r2"] > 0.9
 
 
 def test_within_a_recipe_the_relation_may_be_the_other_way_round() -> None:
-    """Simpson's paradox, built in: the pooled slope is +.7, that of the seeds of one recipe -1."""
+    """Simpson's paradox, built in: pooled the KL rises with the peak, over the seeds of one recipe it falls."""
     found = relate(made(10, within=-1.0, noise=0.02))["text"]["w8a8-static"]["residual-peak"]
     assert found["slope"]["estimate"] == pytest.approx(0.7, abs=0.1)
-    assert found["within-slope"]["estimate"] == pytest.approx(-1.0, abs=0.05)
     assert found["rho"]["low"] > 0.3
     assert found["within-rho"]["high"] < -0.5
 
@@ -86,7 +88,7 @@ def test_within_a_recipe_the_relation_may_be_the_other_way_round() -> None:
 def test_no_relation_is_not_found() -> None:
     found = relate(made(24, slope=0.0, noise=1.0))["text"]["w8a8-static"]["residual-peak"]
     assert found["rho"]["low"] < 0 < found["rho"]["high"]
-    assert found["leave-one-recipe-out-r2"] < 0.1
+    assert found["r2"] < 0.1
 
 
 def test_below_eight_recipes_no_interval_is_given() -> None:
@@ -94,7 +96,7 @@ def test_below_eight_recipes_no_interval_is_given() -> None:
     assert found["n"] == 35
     assert found["rho"]["estimate"] > 0.9
     assert found["rho"]["low"] is None
-    assert [found[name] for name in ("slope", "within-rho", "partial-rho", "leave-one-recipe-out-r2")] == [None] * 4
+    assert [found[name] for name in ("slope", "within-rho", "given-loss", "given", "won", "r2")] == [None] * 6
 
 
 def test_relatives_are_one_cluster_and_widen_the_interval() -> None:
@@ -102,8 +104,114 @@ def test_relatives_are_one_cluster_and_widen_the_interval() -> None:
     related = relate(made(17, noise=1.0, relatives=4))["text"]["w8a8-static"]["residual-peak"]
     assert (alone["clusters"], related["clusters"]) == (17, 6)
     assert alone["rho"]["estimate"] == related["rho"]["estimate"]
-    assert relation.cluster(synthetic("relu-attn-sgd", mitigations=("sgd", "relu-attention"))) == "relu-attention"
-    assert relation.cluster(synthetic("baseline-low-lr", mitigations=("adamw",))) == "baseline"
+
+
+def test_relatives_are_found_by_way_of_others() -> None:
+    """relu and sgd share no mitigation; both are relatives of their combination. Controls are the baseline's."""
+    recipes = {
+        "baseline": (), "low-lr": ("adamw",), "relu": ("relu-attention",), "relu-sgd": ("relu-attention", "sgd"),
+        "sgd": ("sgd",), "muon": ("muon",),
+    }  # fmt: skip
+    found = relation.clusters([synthetic(name, mitigations=of) for name, of in recipes.items()])
+    assert found == ["baseline", "baseline", "relu", "relu", "relu", "muon"]
+
+
+def rivals(kl_of: Callable[[float, float], float]) -> list[Record]:
+    """Runs whose peak and act-max are drawn apart from each other; their log KL is a function of both logarithms."""
+    records = made(20, seeds=3)
+    generator = np.random.default_rng(7)
+    for record in records:
+        metrics = record["full-precision"]["metrics"]
+        metrics["act-max"]["value"] = math.exp(generator.normal())
+        x = math.log(metrics["residual-peak"]["value"]), math.log(metrics["act-max"]["value"])
+        record["quantized"]["w8a8-static"]["kl"] = math.exp(kl_of(*x) - 5)
+        record["quantized"]["w8a8-static"]["exemption"]["extreme"]["kl"] = math.exp(x[1] - 9)
+        record["recipe"]["resolved"]["lr"] = math.exp(x[0])
+    return records
+
+
+def test_of_two_predictors_the_one_that_decides_is_named_and_the_other_adds_nothing() -> None:
+    found = relate(rivals(lambda peak, act: act + 0.1 * peak))["text"]["w8a8-static"]
+    peak, act = found["residual-peak"], found["act-max"]
+    assert relation.winner(found) == "act-max"
+    assert act["won"] + peak["won"] == pytest.approx(1, abs=1e-3)
+    assert found["bos-attention"]["rho"] is None  # the same in every run
+    assert act["won"] > 0.95
+    assert act["given"]["residual-peak"]["low"] > 0.7
+    # What stays when extremes are exempt goes with act-max by construction, and with the peak not at all.
+    assert act["exempt-rho"]["estimate"] == pytest.approx(1.0)
+    assert peak["exempt-rho"]["low"] < 0 < peak["exempt-rho"]["high"]
+    # The rate is the peak: given it, nothing of the peak is left to be told.
+    assert act["given-rate"]["low"] > 0.7
+    assert peak["given-rate"] is None
+
+
+def test_a_partial_correlation_given_another_predictor_is_that_of_the_residuals_of_ranks() -> None:
+    records = rivals(lambda peak, act: act + 0.5 * peak)
+    found = relate(records)["text"]["w8a8-static"]["residual-peak"]["given"]["act-max"]["estimate"]
+    x, y, _ = points(records)
+    z = [math.log(r["full-precision"]["metrics"]["act-max"]["value"]) for r in records]
+    ranks = [scipy.stats.rankdata(of) for of in (x, y, z)]
+    left = [of - np.polyval(np.polyfit(ranks[2], of, 1), ranks[2]) for of in ranks[:2]]
+    assert found == pytest.approx(scipy.stats.pearsonr(*left).statistic, abs=1e-4)
+
+
+def test_within_is_in_standard_deviations_so_that_noisy_recipes_weigh_no_more() -> None:
+    """By hand: (1, 3) and (10, 30) are both one below and one above; a recipe of equal values has no deviation."""
+    found = relation._within(np.array([1.0, 3.0, 10.0, 30.0, 5.0, 5.0]), ["a", "a", "b", "b", "c", "c"])
+    assert found.tolist() == [-1, 1, -1, 1, 0, 0]
+
+
+def test_a_predictor_below_0_has_a_rank_and_no_logarithm() -> None:
+    """An excess kurtosis may be: the run counts for every rho, and not for lines."""
+    records = made(9)
+    before = relate(records)["text"]["w8a8-static"]["act-max"]
+    smallest = min(records, key=lambda r: r["full-precision"]["metrics"]["act-max"]["value"])
+    smallest["full-precision"]["metrics"]["act-max"]["value"] = -3.0
+    after = relate(records)["text"]["w8a8-static"]["act-max"]
+    assert (after["n"], after["rho"]) == (before["n"], before["rho"])
+    assert after["slope"] != before["slope"]
+    assert after["r2"] is not None
+
+
+def test_a_post_hoc_recipe_is_held_against_the_line_of_the_others() -> None:
+    """KL = e^-5 peak^.7 exactly; rotated by a third of it at a peak of 20."""
+    records = made(9, noise=0.0)
+    after = [
+        synthetic("rotated", s, mitigations=("hadamard",), peak=20.0, kl=math.exp(-5) * 20**0.7 / 3) for s in range(3)
+    ]
+    peak, line, kl = relation.post_hoc_against([*records, *after], "w8a8-static", "residual-peak")["rotated"]
+    assert peak == pytest.approx(20.0)
+    assert line == pytest.approx(math.exp(-5) * 20**0.7)
+    assert kl == pytest.approx(line / 3)
+    assert relation.post_hoc_against([*made(7), *after], "w8a8-static", "residual-peak") == {}
+
+
+@pytest.mark.parametrize(
+    ("name", "fields", "kind"),
+    [
+        ("bnb-nf4", {"kind": "nf4"}, "weights alone"),
+        ("w4a16-rtn", {"sites": ["inputs"], "activations": 16, "range": "static"}, "weights alone"),
+        ("llm-int8", {"threshold": 6.0}, "outlier columns in full precision"),
+        (
+            "w8a8-static",
+            {"sites": ["inputs"], "activations": 8, "range": "static"},
+            "one range for all tokens, Linear inputs",
+        ),
+        (
+            "w6a6-tensor-residual",
+            {"sites": ["inputs", "residual"], "activations": 6, "range": "tensor"},
+            "one range for all tokens, residual stream too",
+        ),
+        (
+            "w4a4kv4",
+            {"sites": ["keys"], "activations": 4, "range": "token"},
+            "a range per token, Linear inputs, 4 bits",
+        ),
+    ],
+)
+def test_kinds_of_rounding(name: str, fields: dict[str, Any], kind: str) -> None:
+    assert relation.family(name, fields) == kind
 
 
 def test_what_comes_after_training_is_no_point() -> None:
@@ -116,15 +224,22 @@ def test_weights_are_repetitions() -> None:
     """A bootstrap draw computed by weights equals the figure of the sample in which runs really occur repeatedly."""
     generator = np.random.default_rng(1)
     x, y, loss = generator.normal(size=(3, 12)).round(1)  # rounded: ties
-    recipes = [f"recipe-{i // 3}" for i in range(12)]
     counts = np.repeat([2, 0, 1, 3], 3)
-    weighted = relation._statistics(counts[None, :].astype(float), x, y, loss, recipes)
     again = np.repeat(np.arange(12), counts)
-    repeated = relation._statistics(
-        np.ones((1, len(again))), x[again], y[again], loss[again], [recipes[i] for i in again]
-    )
-    assert {k: v[0] for k, v in weighted.items()} == pytest.approx({k: v[0] for k, v in repeated.items()}, abs=1e-12)
-    assert weighted["rho"][0] == pytest.approx(scipy.stats.spearmanr(x[again], y[again]).statistic)
+
+    def rho(weights_N: np.ndarray, *both: np.ndarray) -> float:
+        w = weights_N[None, :].astype(float)
+        a, b = (relation._standard(w, relation._ranks(w, values)) for values in both)
+        return float(relation._correlation(a * (w / w.sum()), b)[0])
+
+    assert rho(counts, x, y) == pytest.approx(scipy.stats.spearmanr(x[again], y[again]).statistic)
+    assert rho(counts, x, loss) == pytest.approx(scipy.stats.spearmanr(x[again], loss[again]).statistic)
+    slopes = [
+        relation._slope(w[None, :].astype(float), a, b)[0]
+        for w, a, b in ((counts, x, y), (np.ones(len(again)), x[again], y[again]))
+    ]
+    assert slopes[0] == pytest.approx(slopes[1])
+    assert slopes[1] == pytest.approx(scipy.stats.linregress(x[again], y[again]).slope)
 
 
 def test_what_has_no_logarithm_or_is_stale_or_diverged_is_left_out() -> None:
@@ -134,14 +249,14 @@ def test_what_has_no_logarithm_or_is_stale_or_diverged_is_left_out() -> None:
     records[5]["full-precision"]["metrics"]["residual-peak"]["value"] = None
     records[6]["data"] = "old"
     found = relate([*records, diverged("sgd")])["text"]["w8a8-static"]
-    assert (found["residual-peak"]["n"], found["residual-peak"]["excluded"]) == (36, 3)
-    assert found["act-max"]["n"] == 37
+    # All predictors see the same runs, so that their figures can be compared.
+    assert {(one["n"], one["excluded"]) for one in found.values()} == {(36, 3)}
 
 
 def test_constant_figures_and_too_few_runs_are_undefined_without_a_warning() -> None:
     same = [synthetic(f"recipe-{i}", s, mitigations=(f"m-{i}",)) for i in range(9) for s in range(2)]
     found = relate(same)["text"]["w8a8-static"]["residual-peak"]
-    assert (found["rho"], found["slope"], found["leave-one-recipe-out-r2"]) == (None, None, None)
+    assert (found["rho"], found["slope"], found["r2"]) == (None, None, None)
     assert relate(made(1, seeds=2))["text"]["w8a8-static"]["residual-peak"]["rho"] is None
     assert relate([]) == {}
     assert relate([diverged("sgd")]) == {"text": {}}
