@@ -26,7 +26,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-FLAGS = ["-std=c++17", "-O3", "-fno-math-errno", "-fPIC", "-shared"]
+FLAGS = ["-std=c++17", "-O3", "-fno-math-errno", "-ffp-contract=off", "-fPIC", "-shared"]
 # From the fastest down: clang for ARM may know only -mcpu, that of macOS has no OpenMP.
 VARIANTS = [
     [*arch, *openmp]
