@@ -27,7 +27,7 @@ import stat
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -38,12 +38,12 @@ from typing import NamedTuple
 FLAGS = ["-std=c++17", "-O3", "-fno-math-errno", "-ffp-contract=off", "-fno-tree-ter", "-fPIC", "-shared"]
 OPENMP = [["-fopenmp"], ["-fopenmp-simd"]]  # clang of macOS has no OpenMP
 # By ATEN_CPU_CAPABILITY, the fastest first. clang for ARM may know only -mcpu.
-PROCESSORS = {
+PROCESSORS: dict[str, list[list[str]]] = {
     "": [["-march=native"], ["-mcpu=native"], []],
     "avx2": [["-march=haswell", "-mtune=native"], ["-march=haswell"]],
     "default": [[]],
 }
-WIDTHS = {"512-bit": [], "256-bit": ["-DVECTOR_BYTES=32", "-mprefer-vector-width=256"]}
+WIDTHS: dict[str, list[str]] = {"512-bit": [], "256-bit": ["-DVECTOR_BYTES=32", "-mprefer-vector-width=256"]}
 FALLBACK = "; falling back to torch, slower, same results"
 PATIENCE = 300  # seconds for one run of the compiler
 
@@ -128,7 +128,9 @@ def _fastest(
 def _commands(compiler: list[str], capability: str, widths: bool) -> dict[str, list[list[str]]]:
     """For every build those that are tried in turn, but for the source and the output."""
     variants = [[*processor, *openmp] for openmp in OPENMP for processor in PROCESSORS[capability]]
-    builds = WIDTHS if widths and capability == "" and _has("avx512bw") else {capability or "native": []}
+    builds: dict[str, list[str]] = {capability or "native": []}
+    if widths and capability == "" and _has("avx512bw"):
+        builds = WIDTHS
     return {name: [[*compiler, *FLAGS, *more, *variant] for variant in variants] for name, more in builds.items()}
 
 
@@ -154,7 +156,7 @@ def _compiler() -> list[str] | None:
     return None
 
 
-def _digest(source: Path, commands: object, version: bytes) -> str:
+def _digest(source: Path, commands: Sequence[object], version: bytes) -> str:
     parts = [source.read_bytes(), repr(commands).encode(), version, _features().encode()]
     return hashlib.sha256(b"".join(hashlib.sha256(part).digest() for part in parts)).hexdigest()[:32]
 
