@@ -45,6 +45,7 @@ typedef double F64 __attribute__((vector_size(WIDTH)));
 typedef int32_t I32 __attribute__((vector_size(WIDTH)));
 typedef int16_t I16 __attribute__((vector_size(WIDTH)));
 typedef float Eight32 __attribute__((vector_size(32)));
+typedef int32_t EightBits __attribute__((vector_size(32)));
 
 constexpr int LINE = 64, STRANDS = LINE / WIDTH;     // bytes of a line of the cache, and vectors that it fills
 constexpr int LANES = WIDTH / 4;                     // floats of a vector
@@ -57,7 +58,7 @@ constexpr int64_t AHEAD = 8192;                      // bytes by which reading i
 constexpr double TOLERANCE = 8e-7;                   // of a piece; of all pieces, about another mean, 1e-6 is promised
 constexpr double UNIT = 0x1p-24;                     // the relative error of a rounding to float32
 
-template <class To, class From> To as(From from) {
+template <class To, class From> To as(const From& from) {
   static_assert(sizeof(To) == sizeof(From));
   To to;
   std::memcpy(&to, &from, sizeof to);
@@ -81,19 +82,29 @@ inline F32 fma(F32 a, F32 b, F32 c) {
 #endif
 }
 
+// Eight floats as doubles, in as many vectors as they fill.
+struct Eight64 {
+  F64 v[STRANDS];
+};
+inline Eight64 widen(Eight32 x) {
+#if defined(__AVX512F__) && !defined(VECTOR_BYTES)
+  return {{(F64)_mm512_cvtps_pd((__m256)x)}};
+#elif defined(__AVX2__)
+  return {{(F64)_mm256_cvtps_pd(_mm256_castps256_ps128((__m256)x)), (F64)_mm256_cvtps_pd(_mm256_extractf128_ps((__m256)x, 1))}};
+#else
+  Eight64 wide;
+  for (int l = 0; l < 8; ++l) wide.v[l / (WIDTH / 8)][l % (WIDTH / 8)] = double(x[l]);
+  return wide;
+#endif
+}
+
 // Sums in double, in eight lanes.
 struct Eight {
   F64 v[STRANDS]{};
 
   void add(Eight32 x) {
-#if defined(__AVX512F__) && !defined(VECTOR_BYTES)
-    v[0] += (F64)_mm512_cvtps_pd((__m256)x);
-#elif defined(__AVX2__)
-    v[0] += (F64)_mm256_cvtps_pd(_mm256_castps256_ps128((__m256)x));
-    v[1] += (F64)_mm256_cvtps_pd(_mm256_extractf128_ps((__m256)x, 1));
-#else
-    for (int l = 0; l < 8; ++l) v[l / (WIDTH / 8)][l % (WIDTH / 8)] += double(x[l]);
-#endif
+    const Eight64 wide = widen(x);
+    for (int h = 0; h < STRANDS; ++h) v[h] += wide.v[h];
   }
 
   void add_halves(const F32 (&line)[STRANDS]) {
@@ -128,6 +139,7 @@ struct Float32 {
   static constexpr Bits INF = 0x7f800000;
   static constexpr Roundings ROUNDINGS{5, 4, 7, 8};
   static float value(Bits bits) { return as<float>(bits); }
+  static Eight32 eight(const Bits* x) { return load<Eight32>(x); }
   static void unpack(const Bits*, int, I32 bits, F32* parts) { parts[0] = as<F32>(bits); }
 };
 
@@ -137,6 +149,16 @@ template <class Format> struct Half {
   using Vector = I16;
   static constexpr Roundings ROUNDINGS{5, 3, 6, 6};
   static float value(Bits bits) { return Format::template widen<float>(int32_t(uint32_t(uint16_t(bits)) << 16)); }
+  static Eight32 eight(const Bits* x) {
+#ifdef __AVX2__
+    const __m256i high = _mm256_slli_epi32(_mm256_cvtepu16_epi32(load<__m128i>(x)), 16);
+    return Format::template widen<Eight32>(as<EightBits>(high));
+#else
+    Eight32 values;
+    for (int l = 0; l < 8; ++l) values[l] = value(x[l]);
+    return values;
+#endif
+  }
   static void unpack(const Bits*, int, I16 bits, F32* parts) {
     I32 pairs = as<I32>(bits);
     parts[0] = Format::template widen<F32>(pairs << 16);
@@ -308,12 +330,14 @@ template <class T> struct Kernel {
     }
     double n = double(height * width);
     if (top >= T::INF) return {n, NAN, NAN, NAN, NAN};
+    double mean = 0;
     if (in_range(magnitude(top))) {
       const Powers p{n, sums.s1.total(), s2, sums.s3.total(), sums.s4.total()};
       const Moments moments = Moments::about(0, p);
       if (precise(p, moments)) return moments;
+      mean = moments.mean;
     }
-    return in_double(x + (i * stride + j), height, width);
+    return in_double(x + (i * stride + j), height, width, mean);
   }
 
   // Whether the roundings to float32 can have moved the mean by TOLERANCE of a deviation at most, M2 and M4 by so much
@@ -337,30 +361,37 @@ template <class T> struct Kernel {
     return found;
   }
 
-  Moments in_double(const Bits* from, int64_t height, int64_t width) const {
-    const double mean = powers(from, height, width, 0).s1 / double(height * width);
-    return Moments::about(mean, powers(from, height, width, mean));
+  // `origin` is near the mean, or at least a number; where it is not near enough there is a second try.
+  Moments in_double(const Bits* from, int64_t height, int64_t width, double origin) const {
+    Powers p = powers(from, height, width, origin);
+    if (p.s1 * p.s1 > 0.1 * p.n * p.s2) p = powers(from, height, width, origin += p.s1 / p.n);
+    return Moments::about(origin, p);
   }
 
   // Of the distances from `origin`, in double.
   Powers powers(const Bits* from, int64_t height, int64_t width, double origin) const {
     Eight s1, s2, s3, s4;
-    for (int64_t r = 0; r < height; ++r)
-      for (int64_t j = 0; j < width; j += 8) {
-        const Bits* x = from + r * stride + j;
-        double distance[8] = {};
-        if (j + 8 <= width)
-          for (int l = 0; l < 8; ++l) distance[l] = double(T::value(x[l])) - origin;
-        else
-          for (int l = 0; l < width - j; ++l) distance[l] = double(T::value(x[l])) - origin;
-        for (int h = 0; h < STRANDS; ++h) {
-          const F64 d = load<F64>(distance + h * (WIDTH / 8)), square = d * d;
-          s1.v[h] += d;
-          s2.v[h] += square;
-          s3.v[h] += square * d;
-          s4.v[h] += square * square;
-        }
+    const auto add = [&](const Eight64& distance) {
+      for (int h = 0; h < STRANDS; ++h) {
+        const F64 d = distance.v[h], square = d * d;
+        s1.v[h] += d;
+        s2.v[h] += square;
+        s3.v[h] += square * d;
+        s4.v[h] += square * square;
       }
+    };
+    for (int64_t r = 0; r < height; ++r) {
+      const Bits* x = from + r * stride;
+      int64_t j = 0;
+      for (; j + 8 <= width; j += 8) {
+        Eight64 distance = widen(T::eight(x + j));
+        for (int h = 0; h < STRANDS; ++h) distance.v[h] -= origin;
+        add(distance);
+      }
+      double rest[8] = {};
+      for (int l = 0; j < width; ++l, ++j) rest[l] = double(T::value(x[j])) - origin;
+      add(as<Eight64>(rest));
+    }
     return {double(height * width), s1.total(), s2.total(), s3.total(), s4.total()};
   }
 
@@ -390,8 +421,8 @@ template <class T> struct Kernel {
     if (!(scale > 0 && scale < INFINITY)) std::memset(q, 0, n);
     else if (factor == INFINITY)  // a scale below 4e-37
       for (int64_t j = 0; j < n; ++j) q[j] = (included(j) & SIZE) == 0 ? 0 : included(j) < 0 ? -127 : 127;
-    else  // no clamp: a product exceeds 127 by a rounding at most
-      for (int64_t j = 0; j < n; ++j) q[j] = int8_t(int32_t(__builtin_rintf(T::value(included(j)) * factor)));
+    else  // to the low bits, half to even, by 1.5 * 2^23. No clamp: a product exceeds 127 by a rounding at most
+      for (int64_t j = 0; j < n; ++j) q[j] = int8_t(as<int32_t>(T::value(included(j)) * factor + 0x1.8p23f));
   }
 
   Moments block(int64_t start, Columns& cols) const {

@@ -38,7 +38,7 @@ def statistics(device: str, dtype: torch.dtype, count: int) -> list[Row]:
         "torch.compile": compiled(x_MN),
         "chunked eager": lambda: blocked(x_MN, THRESHOLD, None, False),
     }
-    # A copy moves every byte twice: three quarters of its bandwidth is 2/3 of its time. On two threads memory is shared.
+    # A copy moves every byte twice: three quarters of its bandwidth is 2/3 of its time. Threads share one memory.
     one = {"fp32": 1.3, "bf16": 1.8}[short]
     at_most = {"read limit": one if count == 1 else {"fp32": 3.0, "bf16": 4.0}[short], "copy": 2 / 3}[limit]
     goals = {"outlier_stats": [Goal(limit, at_most), Goal("torch.compile", 0.5)]}
