@@ -48,12 +48,11 @@ class Missing:
 
 def choices() -> "list[Choice]":
     """What was chosen between ways to the same numbers, by everything that chooses: one line each."""
-    from quantbench.ops import integers
+    from quantbench.ops import integers, outliers
+    from quantbench.ops.measured import Choice
 
-    sources: list[Callable[[], list[Choice]]] = [
-        integers.choices,
-    ]
-    return [choice for source in sources for choice in source()]
+    kernel = outliers.choice()
+    return [*integers.choices(), Choice("outlier statistics: which build", kernel["path"], kernel["ms"])]
 
 
 def examine(root: Path) -> Iterator[Section]:

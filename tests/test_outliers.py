@@ -1,5 +1,6 @@
 """The outlier statistics against hand-computed cases and float64; bitsandbytes' faults; the build of the C++ kernel."""
 
+import ctypes
 import functools
 import hashlib
 import math
@@ -11,6 +12,7 @@ import textwrap
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import example, given, settings
@@ -56,7 +58,7 @@ def check_moments(got: Tensor, expected: Tensor, rel: float) -> None:
     assert abs(got[4] - m4) <= rel * m4 + n * floor**4
 
 
-def check(got: OutlierStats, expected: OutlierStats, rel: float = 2e-6) -> None:
+def check(got: OutlierStats, expected: OutlierStats, rel: float = 1e-6) -> None:
     for name in EXACT:
         assert same(getattr(got, name), getattr(expected, name)), name
     norms, exact = got.row_l2, expected.row_l2
@@ -243,6 +245,48 @@ def test_magnitudes_from_the_least_to_a_thousand_million(dtype: torch.dtype, pow
         check(compute(x, 10**power, None, True), expected)
 
 
+@st.composite
+def lopsided(draw: st.DrawFn) -> Tensor:
+    """Data whose roundings all go one way, with a mean far from 0, or with fourth powers beyond float32."""
+    M, N = draw(st.sampled_from([(1, 1), (1, 9), (9, 1), (129, 2), (7, 577), (3, 8200), (70, 130)]))
+    rng = np.random.default_rng(draw(st.integers(0, 1 << 30)))
+    a, b = rng.standard_normal(2) * 10.0 ** rng.uniform(-3, 3, 2)
+    kind = draw(st.sampled_from(["two", "signs", "columns", "rows", "constant", "one", "offset", "skewed", "range"]))
+    if kind == "two":
+        x = np.where(rng.random((M, N)) < draw(st.sampled_from([0.5, 0.1, 0.01])), a, b)
+    elif kind == "signs":
+        x = np.where(rng.random((M, N)) < 0.5, a, -a)
+    elif kind == "columns":
+        x = np.where(np.arange(N) // draw(st.sampled_from([1, 8, 16, 64])) % 2, a, b) * np.ones((M, 1))
+    elif kind == "rows":
+        x = np.where(np.arange(M) % 2, a, -a)[:, None] + rng.standard_normal((M, N)) * draw(
+            st.sampled_from([0, 1e-3, 1])
+        )
+    elif kind in ("constant", "one"):
+        x = np.full((M, N), a)
+        x[-1, -1] *= 1 if kind == "constant" else 1.01
+    elif kind == "offset":
+        x = rng.standard_normal((M, N)) + 10.0 ** rng.uniform(-2, 5)
+    elif kind == "skewed":
+        x = np.maximum(rng.standard_normal((M, N)), draw(st.sampled_from([0, -0.2, -1])))
+    else:
+        x = rng.standard_normal((M, N)) * 10.0 ** draw(st.sampled_from([-42, -36, -9, 9, 37]))
+    dtype = draw(st.sampled_from(DTYPES))
+    return torch.from_numpy(x.clip(-6e4, 6e4) if dtype == torch.float16 else x).to(dtype)
+
+
+@settings(deadline=None, max_examples=150)
+@given(lopsided())
+@example(torch.tensor([[-0.0003, -0.1621]]).expand(129, 2).contiguous())
+@example(torch.tensor([[-0.0003, -0.1621]], dtype=torch.bfloat16).expand(129, 2).contiguous())
+def test_moments_are_within_a_millionth_of_the_truth(x: Tensor) -> None:
+    exact = x.double().numpy().astype(np.longdouble)
+    distance = exact - exact.mean()
+    truth = torch.tensor([exact.size, exact.mean(), *((distance**k).sum() for k in (2, 3, 4))], dtype=torch.float64)
+    for compute in (the_op, blocked, oracle):
+        check_moments(compute(x, 6.0, None, False).moments, truth, 1e-6)
+
+
 def test_every_float16_and_every_bfloat16() -> None:
     every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16)
     for dtype in (torch.float16, torch.bfloat16):
@@ -276,6 +320,33 @@ def test_threads_change_no_bit(compute: Callable[..., OutlierStats]) -> None:
 needs_cpp = pytest.mark.skipif(
     outliers.implementation("cpu") != "c++", reason="no C++ compiler: in torch it takes long"
 )
+
+
+@needs_cpp
+def test_the_width_of_vectors_changes_no_bit() -> None:
+    """Of any build: what was measured faster may be another tomorrow, and on another machine."""
+    compiler, found = native._compiler(), []
+    assert compiler is not None
+    with native._locked(native._cache()) as folder:
+        libraries = native._load(
+            outliers.SOURCE,
+            commands := {
+                name: tried
+                for capability in sorted({"", "avx2"} if native._has("avx2") else {""})
+                for name, tried in native._commands(compiler, capability, True).items()
+            },
+            {name: folder / f"{native._digest(outliers.SOURCE, tried, b'')}.so" for name, tried in commands.items()},
+        )
+    data = [gaussian(70, 700) + offset for offset in (0.0, 0.3, 2.0, 900.0)] + [gaussian(3, 9000) * 1e30]
+    for library in libraries.values():
+        found.append([])
+        for dtype in DTYPES:
+            for x in data:
+                x = x.clamp(-6e4, 6e4).to(dtype)
+                room = outliers._empty(x, True)
+                outliers._run(outliers._functions(library)[dtype], x, 2.0, None, room, threads=1)
+                found[-1] += [tensor.numpy().tobytes() for tensor in room]
+    assert all(other == found[0] for other in found)
 
 
 @needs_cpp
@@ -369,8 +440,12 @@ def test_bad_input_is_told_in_one_line(fake: bool) -> None:
 def test_which_code_runs_has_a_name(monkeypatch: pytest.MonkeyPatch) -> None:
     assert outliers.implementation("cuda") == outliers.implementation(torch.device("cuda", 1)) == "triton"
     assert outliers.implementation("cpu") in ("c++", "torch")
+    chosen = outliers.choice()
+    assert (chosen["path"] == "torch") == (outliers.implementation("cpu") == "torch")
+    assert not chosen["ms"] or chosen["path"] == min(chosen["ms"], key=chosen["ms"].get)
     monkeypatch.setenv("QUANTBENCH_NATIVE", "0")
     assert outliers.implementation("cpu") == "torch"
+    assert outliers.choice() == {"path": "torch", "ms": {}}
     x = gaussian(30, 20)
     check(outlier_stats(x, 1.0, quantize=True), oracle(x, 1.0, None, True), rel=1e-12)
 
@@ -609,6 +684,45 @@ def test_a_broken_cache_heals(source: Path, capfd: pytest.CaptureFixture[str], h
     assert not (path.parent / ".tmp-of-a-killed-build").exists()
     assert load_anew(source) == 42
     assert capfd.readouterr().err == ""
+
+
+def test_the_build_that_was_measured_faster_is_used(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "_has", lambda feature: True)
+    monkeypatch.setattr(native, "WIDTHS", {"wide": [], "narrow": ["-DNARROW"]})
+    monkeypatch.delenv("ATEN_CPU_CAPABILITY", raising=False)
+    source.write_text("#ifdef NARROW\n" + SMALL + "#else\n" + SMALL.replace("42", "512") + "#endif\n")
+    measured: list[dict[str, int]] = []
+
+    def milliseconds(libraries: dict[str, ctypes.CDLL]) -> dict[str, float]:
+        measured.append({name: library.answer() for name, library in libraries.items()})
+        return {"wide": 0.3, "narrow": 0.2}
+
+    def anew() -> int:
+        native._library.cache_clear()
+        library = native.library(source, milliseconds)
+        assert library is not None
+        assert native.choice(source, milliseconds) == ("narrow", {"wide": 0.3, "narrow": 0.2})
+        return library.answer()
+
+    assert anew() == anew() == 42
+    assert measured == [{"wide": 512, "narrow": 42}]  # once
+    (note,) = (source.parent / "cache" / "quantbench" / "native").glob("*.fastest.json")
+    for broken in ("", "{}", '{"path": "x", "ms": {"wide": 0.3, "narrow": 0.2}}', '{"path": "wide", "ms": 3}', "[1]"):
+        note.write_text(broken)
+        assert anew() == 42
+    assert len(measured) == 6
+
+
+def test_native_code_is_held_to_the_capability_that_torch_is(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not native._has("avx2"):
+        pytest.skip("no processor with AVX2")
+    source.write_text('extern "C" int answer() {\n#if defined(__AVX512F__)\nreturn 512;\n#elif defined(__AVX2__)\n')
+    with source.open("a") as file:
+        file.write("return 256;\n#else\nreturn 128;\n#endif\n}\n")
+    for capability, width in (("avx2", 256), ("default", 128)):
+        monkeypatch.setenv("ATEN_CPU_CAPABILITY", capability)
+        assert load_anew(source) == width
+        assert native.choice(source) == (capability, {})
 
 
 def test_an_unwritable_cache_is_done_without(

@@ -2,13 +2,17 @@
 //
 // What is exact is done on the bits: without its sign a float orders like the integer it is stored as, and NaN comes
 // above infinity. So a maximum needs no conversion and lets NaN through, and a threshold is the smallest bit pattern
-// that is not below it. The powers of 4,096 elements at a time are summed in float32 lanes (the squares after Kahan,
-// which keeps the norms exact to a rounding) and become moments about their own mean, in double. Where float32 does not
-// do, because that mean is more than 1.2 standard deviations or a fourth power may leave the range, these elements are
-// read again, in double, while they are in the cache.
+// that is not below it.
 //
-// Blocks of rows are fixed by the shape and merged in order: the number of threads changes no bit of any result.
-// Written with the vectors that g++ and clang++ share. -ffast-math would undo Kahan and the treatment of NaN.
+// Powers are summed in float32 over 128 elements, then in double. How far that can be off is known (`Format::ROUNDINGS`,
+// `Kernel::precise`): where it might be more than TOLERANCE, because the mean is not small beside the deviation or a
+// fourth power may leave the range, a piece is summed again, in double and about its mean, while it is in the cache.
+//
+// No bit of a result depends on the number of threads (blocks of rows are cut by the shape and merged in order), nor on
+// the width of the vectors: an element goes to one of the 16 lanes of its cache line, however many registers they fill.
+// Where a product is added without a rounding `fma` says so, and the compiler makes none by itself (-ffp-contract=off).
+//
+// Written with the vectors that g++ and clang++ share. -ffast-math would undo all of it, and the treatment of NaN.
 
 #include <algorithm>
 #include <atomic>
@@ -21,27 +25,40 @@
 #ifdef __linux__
 #include <sys/mman.h>
 #endif
+#ifdef __AVX2__
+#include <immintrin.h>
+#endif
 
 namespace {
 
-#if defined(__AVX512BW__)
-constexpr int WIDTH = 64;  // bytes of a vector
+#if defined(VECTOR_BYTES)
+constexpr int WIDTH = VECTOR_BYTES;  // bytes of a vector
+#elif defined(__AVX512BW__)
+constexpr int WIDTH = 64;
 #elif defined(__AVX2__)
 constexpr int WIDTH = 32;
 #else
 constexpr int WIDTH = 16;
 #endif
 typedef float F32 __attribute__((vector_size(WIDTH)));
+typedef double F64 __attribute__((vector_size(WIDTH)));
 typedef int32_t I32 __attribute__((vector_size(WIDTH)));
 typedef int16_t I16 __attribute__((vector_size(WIDTH)));
+typedef float Eight32 __attribute__((vector_size(32)));
+typedef int32_t EightBits __attribute__((vector_size(32)));
 
-constexpr int LANES = WIDTH / 4, CHUNK = 4 * LANES;  // floats of a vector; elements in registers at once
-constexpr int64_t PIECE = 4096;                      // elements whose powers are summed in float32
+constexpr int LINE = 64, STRANDS = LINE / WIDTH;     // bytes of a line of the cache, and vectors that it fills
+constexpr int LANES = WIDTH / 4;                     // floats of a vector
+constexpr int64_t GROUP = 128;                       // elements whose powers are summed in float32
+constexpr int64_t PIECE = 8192;                      // elements that stay in the cache until they are done with
 constexpr int64_t MOST_ROWS = 64;                    // of a piece, where rows are short
 constexpr int64_t BLOCK = 1 << 16;                   // elements, about, of the rows that a thread takes at once
 constexpr int64_t LARGE = 1 << 23;                   // bytes of q from which large memory pages are asked for
+constexpr int64_t AHEAD = 8192;                      // bytes by which reading is ahead of summing: far, as memory is
+constexpr double TOLERANCE = 8e-7;                   // of a piece; of all pieces, about another mean, 1e-6 is promised
+constexpr double UNIT = 0x1p-24;                     // the relative error of a rounding to float32
 
-template <class To, class From> To as(From from) {
+template <class To, class From> To as(const From& from) {
   static_assert(sizeof(To) == sizeof(From));
   To to;
   std::memcpy(&to, &from, sizeof to);
@@ -54,20 +71,95 @@ template <class V> V load(const void* from) {
   return v;
 }
 
+// a * b + c with one rounding, where the processor has that.
+inline F32 fma(F32 a, F32 b, F32 c) {
+#if defined(__AVX512F__) && !defined(VECTOR_BYTES)
+  return (F32)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(__AVX2__) && defined(__FMA__)
+  return (F32)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#else
+  return a * b + c;
+#endif
+}
+
+// Eight floats as doubles, in as many vectors as they fill.
+struct Eight64 {
+  F64 v[STRANDS];
+};
+inline Eight64 widen(Eight32 x) {
+#if defined(__AVX512F__) && !defined(VECTOR_BYTES)
+  return {{(F64)_mm512_cvtps_pd((__m256)x)}};
+#elif defined(__AVX2__)
+  return {{(F64)_mm256_cvtps_pd(_mm256_castps256_ps128((__m256)x)), (F64)_mm256_cvtps_pd(_mm256_extractf128_ps((__m256)x, 1))}};
+#else
+  Eight64 wide;
+  for (int l = 0; l < 8; ++l) wide.v[l / (WIDTH / 8)][l % (WIDTH / 8)] = double(x[l]);
+  return wide;
+#endif
+}
+
+// Sums in double, in eight lanes.
+struct Eight {
+  F64 v[STRANDS]{};
+
+  void add(Eight32 x) {
+    const Eight64 wide = widen(x);
+    for (int h = 0; h < STRANDS; ++h) v[h] += wide.v[h];
+  }
+
+  void add_halves(const F32 (&line)[STRANDS]) {
+    Eight32 halves[2];
+    std::memcpy(halves, line, sizeof halves);
+    for (Eight32 half : halves) add(half);
+  }
+
+  void add_sum_of_halves(const F32 (&line)[STRANDS]) {
+    Eight32 halves[2];
+    std::memcpy(halves, line, sizeof halves);
+    add(halves[0] + halves[1]);
+  }
+
+  double total() const {
+    double lanes[8];
+    std::memcpy(lanes, v, sizeof lanes);
+    for (int half : {4, 2, 1})
+      for (int l = 0; l < half; ++l) lanes[l] += lanes[l + half];
+    return lanes[0];
+  }
+};
+
+// Roundings to float32 that an element's first, second, third and fourth power undergo until it is in a double.
+struct Roundings {
+  double s1, s2, s3, s4;
+};
+
 struct Float32 {
   using Bits = int32_t;
   using Vector = I32;
   static constexpr Bits INF = 0x7f800000;
+  static constexpr Roundings ROUNDINGS{5, 4, 7, 8};
   static float value(Bits bits) { return as<float>(bits); }
-  static void unpack(I32 bits, F32* parts) { parts[0] = as<F32>(bits); }
+  static Eight32 eight(const Bits* x) { return load<Eight32>(x); }
+  static void unpack(const Bits*, int, I32 bits, F32* parts) { parts[0] = as<F32>(bits); }
 };
 
-// A 32-bit lane holds two: all the low halves come first, then the high ones, as no sum minds the order.
+// The square of a half is exact. A 32-bit lane holds two: the low ones come first, then the high ones.
 template <class Format> struct Half {
   using Bits = int16_t;
   using Vector = I16;
+  static constexpr Roundings ROUNDINGS{5, 3, 6, 6};
   static float value(Bits bits) { return Format::template widen<float>(int32_t(uint32_t(uint16_t(bits)) << 16)); }
-  static void unpack(I16 bits, F32* parts) {
+  static Eight32 eight(const Bits* x) {
+#ifdef __AVX2__
+    const __m256i high = _mm256_slli_epi32(_mm256_cvtepu16_epi32(load<__m128i>(x)), 16);
+    return Format::template widen<Eight32>(as<EightBits>(high));
+#else
+    Eight32 values;
+    for (int l = 0; l < 8; ++l) values[l] = value(x[l]);
+    return values;
+#endif
+  }
+  static void unpack(const Bits*, int, I16 bits, F32* parts) {
     I32 pairs = as<I32>(bits);
     parts[0] = Format::template widen<F32>(pairs << 16);
     parts[1] = Format::template widen<F32>(pairs & int32_t(0xffff0000));
@@ -80,22 +172,30 @@ struct BFloat16 : Half<BFloat16> {
 struct Float16 : Half<Float16> {  // the finite ones, subnormal or not
   static constexpr Bits INF = 0x7c00;
   template <class F, class I> static F widen(I high) { return as<F>((high >> 3) & int32_t(0x8fffe000)) * 0x1p112f; }
+#if defined(__AVX512F__) && !defined(VECTOR_BYTES)
+  static void unpack(const Bits* line, int, I16, F32* parts) {
+    for (int k = 0; k < 2; ++k) parts[k] = (F32)_mm512_cvtph_ps(load<__m256i>(line + 16 * k));
+  }
+#elif defined(__F16C__) && defined(__AVX2__)
+  static void unpack(const Bits* line, int strand, I16, F32* parts) {
+    for (int k = 0; k < 2; ++k) parts[k] = (F32)_mm256_cvtph_ps(load<__m128i>(line + 16 * k + 8 * strand));
+  }
+#endif
 };
 
-double total(F32 v, F32 minus = F32{}) {
-  double lanes[LANES], sum = 0;
-  for (int l = 0; l < LANES; ++l) lanes[l] = double(v[l]) - double(minus[l]);
-  for (int l = 0; l < LANES; ++l) sum += lanes[l];
-  return sum;
-}
+// Sums of the powers of n elements.
+struct Powers {
+  double n = 0, s1 = 0, s2 = 0, s3 = 0, s4 = 0;
+};
 
 // The moments of n elements: their mean, and sums of powers of the distance from it.
 struct Moments {
   double n = 0, mean = 0, m2 = 0, m3 = 0, m4 = 0;
 
-  static Moments of_sums(double n, double s1, double s2, double s3, double s4) {
-    double m = s1 / n;
-    return {n, m, s2 - m * s1, s3 - m * (3 * s2 - 2 * m * s1), s4 - m * (4 * s3 - m * (6 * s2 - 3 * m * s1))};
+  static Moments about(double origin, const Powers& p) {
+    double m = p.s1 / p.n;
+    return {p.n, origin + m, p.s2 - m * p.s1, p.s3 - m * (3 * p.s2 - 2 * m * p.s1),
+            p.s4 - m * (4 * p.s3 - m * (6 * p.s2 - 3 * m * p.s1))};
   }
 
   void merge(const Moments& b) {  // Pebay, SAND2008-6212
@@ -143,7 +243,7 @@ template <class T> struct Kernel {
   };
   struct Sums {
     Vector top{};
-    F32 s1{}, s2{}, lost{}, s3[2]{}, s4[2]{};
+    Eight s1, s2, s3, s4;
   };
 
   static float magnitude(Bits size) { return size > T::INF ? NAN : size == T::INF ? INFINITY : T::value(size); }
@@ -162,24 +262,41 @@ template <class T> struct Kernel {
     return Bits(low);
   }
 
-  // CHUNK elements; zeros may fill it up.
+  // GROUP elements; zeros may fill it up.
   static void add(Sums& sums, const Bits* x, Bits* col_top) {
-    constexpr int STEP = WIDTH / sizeof(Bits), PARTS = STEP / LANES;
-    F32 v[4], square[4];
-    for (int i = 0; i < 4 / PARTS; ++i) {
-      Vector bits = load<Vector>(x + i * STEP), col = load<Vector>(col_top + i * STEP), size = bits & SIZE;
-      sums.top = sums.top > size ? sums.top : size;
-      col = col > size ? col : size;
-      std::memcpy(col_top + i * STEP, &col, sizeof col);
-      T::unpack(bits, v + i * PARTS);
+    constexpr int PER_LINE = LINE / sizeof(Bits), STEP = WIDTH / sizeof(Bits), PARTS = STEP / LANES;
+    F32 s1[STRANDS], s2[STRANDS], s3[STRANDS], s4[STRANDS];
+    Vector top = sums.top;
+    for (int h = 0; h < STRANDS; ++h) {
+      F32 sum, squares[4], third[2], fourth[2];
+      for (int i = 0; i < 4; ++i) {
+        F32 v[2], square[2];
+        for (int k = 0; k < 2 / PARTS; ++k) {
+          const int line = (2 / PARTS * i + k) * PER_LINE, at = line + h * STEP;
+          Vector bits = load<Vector>(x + at), col = load<Vector>(col_top + at), size = bits & SIZE;
+          top = top > size ? top : size;
+          col = col > size ? col : size;
+          std::memcpy(col_top + at, &col, sizeof col);
+          T::unpack(x + line, h, bits, v + k * PARTS);
+        }
+        for (int k = 0; k < 2; ++k) square[k] = v[k] * v[k];
+        sum = i ? sum + (v[0] + v[1]) : v[0] + v[1];
+        squares[i] = fma(v[1], v[1], square[0]);
+        for (int k = 0; k < 2; ++k) {
+          third[k] = i ? fma(square[k], v[k], third[k]) : square[k] * v[k];
+          fourth[k] = i ? fma(square[k], square[k], fourth[k]) : square[k] * square[k];
+        }
+      }
+      s1[h] = sum;
+      s2[h] = (squares[0] + squares[1]) + (squares[2] + squares[3]);
+      s3[h] = third[0] + third[1];
+      s4[h] = fourth[0] + fourth[1];
     }
-    for (int k = 0; k < 4; ++k) square[k] = v[k] * v[k];
-    sums.s1 += (v[0] + v[1]) + (v[2] + v[3]);
-    F32 more = (square[0] + square[1]) + (square[2] + square[3]) - sums.lost, s2 = sums.s2 + more;
-    sums.lost = (s2 - sums.s2) - more;
-    sums.s2 = s2;
-    for (int k = 0; k < 4; ++k) sums.s3[k & 1] += square[k] * v[k];
-    for (int k = 0; k < 4; ++k) sums.s4[k & 1] += square[k] * square[k];
+    sums.top = top;
+    sums.s1.add_sum_of_halves(s1);
+    sums.s2.add_halves(s2);
+    sums.s3.add_sum_of_halves(s3);
+    sums.s4.add_sum_of_halves(s4);
   }
 
   // Elements [i, i + height) x [j, j + width) of x: their moments, and what they add to their rows and columns.
@@ -190,27 +307,48 @@ template <class T> struct Kernel {
     for (int64_t r = 0; r < height; ++r) {
       const Bits* from = x + (i + r) * stride + j;
       sums.top = Vector{};
-      sums.s2 = sums.lost = F32{};
+      sums.s2 = Eight{};
       int64_t c = 0;
-      for (; c + CHUNK <= width; c += CHUNK) add(sums, from + c, &cols.top[j + c]);
+      for (; c + GROUP <= width; c += GROUP) {
+        for (uintptr_t at = uintptr_t(from + c), end = at + GROUP * sizeof(Bits); at < end; at += LINE)
+          __builtin_prefetch(reinterpret_cast<const void*>(at + AHEAD));
+        add(sums, from + c, &cols.top[j + c]);
+      }
       if (c < width) {
-        Bits filled[CHUNK] = {};
+        Bits filled[GROUP] = {};
         std::memcpy(filled, from + c, (width - c) * sizeof(Bits));
         add(sums, filled, &cols.top[j + c]);
       }
       Bits here = 0;
       for (int l = 0; l < int(WIDTH / sizeof(Bits)); ++l) here = here > sums.top[l] ? here : sums.top[l];
-      double square = total(sums.s2, sums.lost);
+      double square = sums.s2.total();
       if (here >= least) row[r].count += count(from, width, &cols.count[j]);
       row[r].top = std::max(row[r].top, here);
       row[r].square += square;
       top = std::max(top, here);
       s2 += square;
     }
-    double n = double(height * width), s1 = total(sums.s1);
+    double n = double(height * width);
     if (top >= T::INF) return {n, NAN, NAN, NAN, NAN};
-    if (!in_range(magnitude(top)) || s1 * s1 > 0.6 * n * s2) return in_double(x + i * stride + j, height, width);
-    return Moments::of_sums(n, s1, s2, total(sums.s3[0] + sums.s3[1]), total(sums.s4[0] + sums.s4[1]));
+    double mean = 0;
+    if (in_range(magnitude(top))) {
+      const Powers p{n, sums.s1.total(), s2, sums.s3.total(), sums.s4.total()};
+      const Moments moments = Moments::about(0, p);
+      if (precise(p, moments)) return moments;
+      mean = moments.mean;
+    }
+    return in_double(x + (i * stride + j), height, width, mean);
+  }
+
+  // Whether the roundings to float32 can have moved the mean by TOLERANCE of a deviation at most, M2 and M4 by so much
+  // of themselves, M3 by so much of n (M4/n)^(3/4). Bounds of the sums' errors, times the moments' derivatives by them.
+  static bool precise(const Powers& p, const Moments& m) {
+    const double n = m.n, c = std::abs(m.mean), fourth = m.m4 / n;
+    const double e1 = T::ROUNDINGS.s1 * UNIT * std::sqrt(n * p.s2), e2 = T::ROUNDINGS.s2 * UNIT * p.s2;
+    const double e3 = T::ROUNDINGS.s3 * UNIT * std::sqrt(p.s2 * p.s4), e4 = T::ROUNDINGS.s4 * UNIT * p.s4;
+    return e1 <= TOLERANCE * std::sqrt(n * m.m2) && e2 + 2 * c * e1 <= TOLERANCE * m.m2 &&
+           e3 + 3 * c * e2 + 3 * (m.m2 / n + c * c) * e1 <= TOLERANCE * n * std::sqrt(fourth * std::sqrt(fourth)) &&
+           e4 + 4 * c * e3 + 6 * c * c * e2 + 4 * (std::abs(m.m3) / n + c * c * c) * e1 <= TOLERANCE * m.m4;
   }
 
   int32_t count(const Bits* from, int64_t n, int32_t* col_count) const {
@@ -223,34 +361,44 @@ template <class T> struct Kernel {
     return found;
   }
 
-  Moments in_double(const Bits* from, int64_t height, int64_t width) const {
-    double n = double(height * width), sum = 0, m2 = 0, m3 = 0, m4 = 0;
-    for (int64_t r = 0; r < height; ++r)
-#pragma omp simd reduction(+ : sum)
-      for (int64_t j = 0; j < width; ++j) sum += double(T::value(from[r * stride + j]));
-    const double mean = sum / n;
-    for (int64_t r = 0; r < height; ++r)
-#pragma omp simd reduction(+ : m2, m3, m4)
-      for (int64_t j = 0; j < width; ++j) {
-        double d = double(T::value(from[r * stride + j])) - mean, square = d * d;
-        m2 += square;
-        m3 += square * d;
-        m4 += square * square;
-      }
-    return {n, mean, m2, m3, m4};
+  // `origin` is near the mean, or at least a number; where it is not near enough there is a second try.
+  Moments in_double(const Bits* from, int64_t height, int64_t width, double origin) const {
+    Powers p = powers(from, height, width, origin);
+    if (p.s1 * p.s1 > 0.1 * p.n * p.s2) p = powers(from, height, width, origin += p.s1 / p.n);
+    return Moments::about(origin, p);
   }
 
-  double squares(const Bits* from) const {
-    double sum = 0;
-#pragma omp simd reduction(+ : sum)
-    for (int64_t j = 0; j < columns; ++j) sum += double(T::value(from[j])) * double(T::value(from[j]));
-    return sum;
+  // Of the distances from `origin`, in double.
+  Powers powers(const Bits* from, int64_t height, int64_t width, double origin) const {
+    Eight s1, s2, s3, s4;
+    const auto add = [&](const Eight64& distance) {
+      for (int h = 0; h < STRANDS; ++h) {
+        const F64 d = distance.v[h], square = d * d;
+        s1.v[h] += d;
+        s2.v[h] += square;
+        s3.v[h] += square * d;
+        s4.v[h] += square * square;
+      }
+    };
+    for (int64_t r = 0; r < height; ++r) {
+      const Bits* x = from + r * stride;
+      int64_t j = 0;
+      for (; j + 8 <= width; j += 8) {
+        Eight64 distance = widen(T::eight(x + j));
+        for (int h = 0; h < STRANDS; ++h) distance.v[h] -= origin;
+        add(distance);
+      }
+      double rest[8] = {};
+      for (int l = 0; j < width; ++l, ++j) rest[l] = double(T::value(x[j])) - origin;
+      add(as<Eight64>(rest));
+    }
+    return {double(height * width), s1.total(), s2.total(), s3.total(), s4.total()};
   }
 
   void finish(int64_t i, const Row& row) const {
     const Bits* from = x + i * stride;
     const float absmax = magnitude(row.top);
-    const double square = row.top >= T::INF ? absmax : in_range(absmax) ? row.square : squares(from);
+    const double square = row.top >= T::INF ? absmax : in_range(absmax) ? row.square : powers(from, 1, columns, 0).s2;
     out.row_absmax[i] = absmax;
     out.row_l2[i] = float(std::sqrt(square));
     out.row_count[i] = row.count;
@@ -273,8 +421,8 @@ template <class T> struct Kernel {
     if (!(scale > 0 && scale < INFINITY)) std::memset(q, 0, n);
     else if (factor == INFINITY)  // a scale below 4e-37
       for (int64_t j = 0; j < n; ++j) q[j] = (included(j) & SIZE) == 0 ? 0 : included(j) < 0 ? -127 : 127;
-    else  // no clamp: a product exceeds 127 by a rounding at most
-      for (int64_t j = 0; j < n; ++j) q[j] = int8_t(int32_t(__builtin_rintf(T::value(included(j)) * factor)));
+    else  // to the low bits, half to even, by 1.5 * 2^23. No clamp: a product exceeds 127 by a rounding at most
+      for (int64_t j = 0; j < n; ++j) q[j] = int8_t(as<int32_t>(T::value(included(j)) * factor + 0x1.8p23f));
   }
 
   Moments block(int64_t start, Columns& cols) const {
@@ -291,7 +439,7 @@ template <class T> struct Kernel {
   }
 
   void run(int64_t threads) const {
-    const int64_t blocks = (rows + block_rows - 1) / block_rows, padded = (columns + CHUNK - 1) / CHUNK * CHUNK;
+    const int64_t blocks = (rows + block_rows - 1) / block_rows, padded = (columns + GROUP - 1) / GROUP * GROUP;
     threads = std::clamp<int64_t>(threads, 1, blocks);
     std::vector<Columns> cols(threads, {std::vector<Bits>(padded), std::vector<int32_t>(columns)});
     std::vector<Moments> moments(blocks);
