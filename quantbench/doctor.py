@@ -47,13 +47,12 @@ class Missing:
 
 
 def choices() -> "list[Choice]":
-    """What was chosen between ways to the same numbers, by everything that chooses: one line each."""
+    """What was chosen between ways to the same numbers, by everything that chooses: a line each."""
     from quantbench.ops import integers
 
-    sources: list[Callable[[], list[Choice]]] = [
-        integers.choices,
+    return [
+        *integers.choices(),
     ]
-    return [choice for source in sources for choice in source()]
 
 
 def examine(root: Path) -> Iterator[Section]:
@@ -134,7 +133,7 @@ def _device(missing: list[Missing]) -> dict[str, Any]:
 
     from quantbench.ops import native
 
-    compiler = native.compiler()
+    compiler = native.find_compiler()
     if compiler is None:
         cost = "the outlier statistics (torch computes them, 5 to 10 times slower, same results)"
         missing.append(Missing("a C++ compiler", cost, "install g++ or clang++, or set CXX"))

@@ -44,18 +44,18 @@ def library(source: Path) -> ctypes.CDLL | None:
 
 @functools.cache
 def _library(source: Path) -> ctypes.CDLL | None:
-    command = compiler()
-    if command is None:
+    compiler = find_compiler()
+    if compiler is None:
         _say(f"no C++ compiler found (install g++ or clang++, or set CXX){FALLBACK}")
         return None
     try:
-        name = _digest(source, command) + ".so"
+        name = _digest(source, compiler) + ".so"
         try:
             with _locked(cache_folder("native")) as folder:
-                return _load(source, command, folder / name)
+                return _load(source, compiler, folder / name)
         except OSError:  # no such folder to be had, a full disk, no locks on it
             with tempfile.TemporaryDirectory(prefix="quantbench-") as folder:
-                return _load(source, command, Path(folder) / name)
+                return _load(source, compiler, Path(folder) / name)
     except (OSError, RuntimeError, subprocess.SubprocessError) as error:
         _say(f"{error}{FALLBACK}")
         return None
@@ -65,7 +65,7 @@ def _say(line: str) -> None:
     print(f"quantbench: {line}", file=sys.stderr, flush=True)
 
 
-def compiler() -> list[str] | None:
+def find_compiler() -> list[str] | None:
     """The words that call a C++ compiler; None where there is none."""
     for command in (os.environ.get("CXX", ""), "c++", "g++", "clang++"):
         words = shlex.split(command)
