@@ -133,7 +133,7 @@ def _device(missing: list[Missing]) -> dict[str, Any]:
 
     from quantbench.ops import native
 
-    compiler = native.compiler()
+    compiler = native.find_compiler()
     if compiler is None:
         cost = "the outlier statistics (torch computes them, 5 to 10 times slower, same results)"
         missing.append(Missing("a C++ compiler", cost, "install g++ or clang++, or set CXX"))

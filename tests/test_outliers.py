@@ -608,7 +608,7 @@ SMALL = 'extern "C" int answer() { return 42; }\n'  # builds at once: what is te
 @pytest.fixture
 def source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A source of its own, and a cache of its own."""
-    if native.compiler() is None:
+    if native.find_compiler() is None:
         pytest.skip("no C++ compiler")
     path = tmp_path / "small.cpp"
     path.write_text(SMALL)

@@ -85,17 +85,17 @@ def _capability() -> str:
 
 @functools.cache
 def _library(source: Path, measure: Measure | None, capability: str) -> tuple[ctypes.CDLL, Choice] | None:
-    command = compiler()
-    if command is None:
+    compiler = find_compiler()
+    if compiler is None:
         _say(f"no C++ compiler found (install g++ or clang++, or set CXX){FALLBACK}")
         return None
     try:
         try:
             with _locked(cache_folder("native")) as folder:
-                return _fastest(source, command, capability, folder, measure)
+                return _fastest(source, compiler, capability, folder, measure)
         except OSError:  # no such folder to be had, a full disk, no locks on it
             with tempfile.TemporaryDirectory(prefix="quantbench-") as folder:
-                return _fastest(source, command, capability, Path(folder), measure)
+                return _fastest(source, compiler, capability, Path(folder), measure)
     except (OSError, RuntimeError, subprocess.SubprocessError) as error:
         _say(f"{error}{FALLBACK}")
         return None
@@ -148,7 +148,7 @@ def _say(line: str) -> None:
     print(f"quantbench: {line}", file=sys.stderr, flush=True)
 
 
-def compiler() -> list[str] | None:
+def find_compiler() -> list[str] | None:
     """The words that call a C++ compiler; None where there is none."""
     for command in (os.environ.get("CXX", ""), "c++", "g++", "clang++"):
         words = shlex.split(command)
