@@ -107,7 +107,7 @@ def read_json(path: Path, most: int = TEXT) -> dict[str, Any]:
 
 
 def _object(data: bytes, path: Path) -> dict[str, Any]:
-    """What the bytes spell. A key that stands there twice is told; of a tokenizer's file, every reader takes the last."""
+    """What the bytes spell. A key that stands there twice is told; a tokenizer's readers all take the last."""
 
     def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(pairs)
