@@ -4,8 +4,8 @@ Nothing is loaded here, and nothing heavy imported: what bytes, sizes and names 
 a file. That is cheap, and keeps out what libraries answer with a crash, a hang or all of the memory.
 
 Which files decide a model's numbers is nowhere listed: a tokenizer's class may read any name. So everything in the
-folder counts, but what nobody reads as a part of a model: pictures, documents, code, pickled weights, hidden files, and
-weights that are neither model.safetensors nor in the index.
+folder counts, but what nobody reads as a part of a model: pictures, documents, code, data, archives, pickled weights,
+hidden files, and weights that are neither model.safetensors nor in the index.
 
 No link leads out of a folder. A snapshot in the hub's cache is a folder of links to ../../blobs: there, they may lead
 anywhere inside the cache of that one model (models--owner--name), and no further.
@@ -25,7 +25,8 @@ from quantbench.strict import quote
 
 PICKLED = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".msgpack", ".h5")
 UNREAD = (*PICKLED, ".md", ".rst", ".html", ".pdf", ".png", ".jpg", ".jpeg", ".gif", ".svg", ".webp", ".py", ".gguf",
-          ".onnx", ".tflite", ".ot", ".log")  # fmt: skip
+          ".onnx", ".onnx_data", ".tflite", ".ot", ".mlmodel", ".npz", ".npy", ".csv", ".jsonl", ".parquet", ".arrow",
+          ".zip", ".tar", ".tgz", ".gz", ".xz", ".zst", ".log")  # fmt: skip
 WEIGHTS = ".safetensors"
 ABOUT = "quantbench.json"  # in the folder of a short name: what it was made of, and the sha256 of every file
 REMOTE = "names code of its own (auto_map), which is never run: take an architecture of transformers itself"
@@ -99,13 +100,15 @@ def check_regular(path: Path, called: Path | None = None) -> None:
 
 
 def read_json(path: Path, most: int = TEXT) -> dict[str, Any]:
-    """The object in a file of a model; ValueError, one line, where it holds none, or a key twice."""
+    """The object in a file of a model; ValueError, one line, where it holds none."""
     if path.stat().st_size > most:
         raise ValueError(f"{_shown(path)}: more than {most >> 20} MiB of JSON: no file of a model")
     return _object(path.read_bytes(), path)
 
 
 def _object(data: bytes, path: Path) -> dict[str, Any]:
+    """What the bytes spell. A key that stands there twice is told; a tokenizer's readers all take the last."""
+
     def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(pairs)
         if len(found) < len(pairs):
@@ -113,7 +116,7 @@ def _object(data: bytes, path: Path) -> dict[str, Any]:
         return found
 
     try:
-        found = json.loads(data.decode("utf-8"), object_pairs_hook=once)
+        found = json.loads(data.decode("utf-8"), object_pairs_hook=dict if "token" in path.name else once)
     except KeyError as error:
         raise ValueError(f"{_shown(path)}: the key {quote(error.args[0])} stands there twice") from None
     except (ValueError, RecursionError):
@@ -166,7 +169,7 @@ def check_texts(folder: Path) -> dict[str, Any]:
         raise ValueError(f"{_shown(folder)}: no config.json: a folder that `save_pretrained` wrote is needed")
     for path in names.values():
         if path.stat().st_size > TOKENIZER:
-            raise ValueError(f"{_shown(path)}: {path.stat().st_size:,} bytes: no file of a model")
+            raise ValueError(f"{_shown(path)}: {path.stat().st_size:,} bytes: no file of a model: put it elsewhere")
     for name in ("tokenizer_config.json", "generation_config.json", "special_tokens_map.json", "added_tokens.json"):
         if name in names and "auto_map" in read_json(names[name]):
             raise ValueError(f"{_shown(names[name])}: it {REMOTE}")

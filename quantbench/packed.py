@@ -28,7 +28,7 @@ from quantbench import catalog, quantizers
 from quantbench.anatomy import SITES
 from quantbench.calibration import Exemption
 from quantbench.model import QuantbenchConfig, QuantbenchModel
-from quantbench.modelfiles import LAYERS, TEXT, memory
+from quantbench.modelfiles import LAYERS, SIZE, TEXT, memory
 from quantbench.quantizers import (
     ROUNDING_OF,
     IntegerEmbedding,
@@ -39,7 +39,7 @@ from quantbench.quantizers import (
     round_site,
 )
 from quantbench.store import atomic_write, digest, read_regular
-from quantbench.strict import Entries, dump, loads
+from quantbench.strict import Entries, dump, loads, quote
 
 SCHEMA = 1
 TENSORS, ABOUT = "model.safetensors", "quantized.json"
@@ -89,7 +89,7 @@ def load(folder: Path) -> QuantbenchModel:
     try:
         for name, most in ((ABOUT, TEXT), (TENSORS, memory())):
             if (size := (folder / name).stat().st_size) > most:
-                raise ValueError(f"{folder / name}: {size:,} bytes, and at most {most:,} can be read")
+                raise ValueError(f"{folder}: {name} has {size:,} bytes, and at most {most:,} can be read")
         text, packed = read_regular(folder / ABOUT), read_regular(folder / TENSORS)
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
         raise ValueError(f"{folder}: no quantized model: {error}") from None
@@ -146,8 +146,9 @@ def _modules(model: nn.Module, name: str) -> list[dict[str, Any]]:
 
 def _check_size(config: Mapping[str, Any], size: int) -> None:
     """ValueError where so many bytes cannot be the model's tensors; it is built without memory for them."""
-    if not isinstance(config["layers"], int) or config["layers"] > LAYERS:
-        raise ValueError(f"{config['layers']} layers")
+    for name, most in {"layers": LAYERS, "heads": SIZE, "width": SIZE, "mlp_width": SIZE, "vocab_size": SIZE}.items():
+        if type(config[name]) is not int or not 1 <= config[name] <= most:
+            raise ValueError(f"{name} is {quote(config[name])}: a number from 1 to {most:,} is needed")
     with torch.device("meta"):
         wanted = sum(parameter.numel() for parameter in QuantbenchModel(QuantbenchConfig(**config)).parameters())
     if wanted > 8 * size:  # a bit each

@@ -14,9 +14,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-MEMORY = 8 << 30  # bytes of address space: the largest published ones take about one
-SECONDS = 60  # of one core
-PATIENCE = 180  # seconds of waiting, on a machine that does something else, too
+MEMORY = 4 << 30  # bytes of address space: the largest published ones take less than one
+SECONDS = 20  # of one core: the largest ones take two
+PATIENCE = 120  # seconds of waiting, on a machine that does something else, too
 GROWTH = 10_000  # times, of a text by the replacements of a normalizer, in the worst case
 IDS = 64  # for a byte
 FINE = "fine"

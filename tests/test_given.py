@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -182,12 +183,16 @@ def test_too_few_documents_or_too_short_ones_are_told(llama: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def records(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Record]:
+def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
+    return Store(tmp_path_factory.mktemp("store"))
+
+
+@pytest.fixture(scope="module")
+def records(llama: Path, store: Store) -> dict[str, Record]:
     """Of the model as it is, and behind a prefix."""
     patch = pytest.MonkeyPatch()
     patch.setattr("quantbench.corpora.documents", lambda name, cache: TEXTS)
     patch.setattr("quantbench.corpora.digest", lambda name, cache: "0" * 64)
-    store = Store(tmp_path_factory.mktemp("store"))
     found = {}
     for recipe in ("baseline", "prefix-kv"):
         made = experiment(job(llama, recipe), store)
@@ -198,6 +203,35 @@ def records(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
     assert again[0] == found["baseline"]
     patch.undo()
     return found
+
+
+@pytest.mark.usefixtures("documents")
+def test_cells_are_of_every_file_of_the_model(
+    records: dict[str, Record], llama: Path, store: Store, tmp_path: Path
+) -> None:
+    """Another place is the same model; another rope theta, activation or BOS is not."""
+    folder = Path(shutil.copytree(llama, tmp_path / "elsewhere"))
+    found = experiment(job(folder), store, compute=False)
+    assert found is not None
+    assert found[0]["full-precision"] == records["baseline"]["full-precision"]
+    for name, changes in (
+        ("config.json", {"hidden_act": "relu"}),
+        ("config.json", {"rope_parameters": {"rope_theta": 10.0, "rope_type": "default"}}),
+        ("tokenizer_config.json", {"bos_token": "</s>"}),
+        ("generation_config.json", {"max_length": 5}),
+    ):
+        written = (folder / name).read_text()
+        (folder / name).write_text(json.dumps(json.loads(written) | changes))
+        assert experiment(job(folder), store, compute=False) is None
+        (folder / name).write_text(written)
+    assert experiment(job(folder), store, compute=False) is not None
+    (other := Path(shutil.copytree(folder, tmp_path / "other"))).joinpath("README.md").write_text("x")
+    told = json.loads((other / "tokenizer_config.json").read_text())
+    read_by_another = replace(track(folder), task=Passages(tokenizer=str(other)))
+    name, baseline = load_recipe("baseline", ROOT)
+    assert experiment(Job(name, baseline, "given", read_by_another, 0), store, compute=False) is not None
+    (other / "tokenizer_config.json").write_text(json.dumps(told | {"bos_token": "</s>"}))
+    assert experiment(Job(name, baseline, "given", read_by_another, 0), store, compute=False) is None
 
 
 def test_a_record_keeps_the_figures_of_every_document(records: dict[str, Record]) -> None:

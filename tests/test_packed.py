@@ -231,6 +231,25 @@ def test_tensors_that_are_not_the_models(damage: str, tmp_path: Path) -> None:
     refused(tmp_path, "tensor (more|blocks.0.attention.qkv.weight) is (missing|another one)")
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [{"layers": 100_000}, {"layers": "x"}, {"layers": -1}, {"heads": 0}, {"width": 2**40}, {"vocab_size": 2**40},
+     {"mlp_width": 2**30}, {"mitigations": 5}, {"mitigations": [[]]}],
+)  # fmt: skip
+def test_a_description_of_what_cannot_be_is_told_before_it_is_built(changes: dict[str, Any], tmp_path: Path) -> None:
+    saved(tmp_path)
+    rewrite(tmp_path, lambda about: about["config"].update(changes))
+    refused(tmp_path, "describes no model of this version")
+
+
+def test_a_packed_file_of_terabytes_is_not_read(tmp_path: Path) -> None:
+    saved(tmp_path)
+    for name in (packed.ABOUT, packed.TENSORS):
+        with open(tmp_path / name, "r+b") as file:
+            file.truncate(1 << 42)
+        refused(tmp_path, "4,398,046,511,104 bytes, and at most .* can be read")
+
+
 def test_only_a_model_that_can_be_made_again_is_saved(tmp_path: Path) -> None:
     entry = quantizer("w8a8-token")
     shape = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
