@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from quantbench.bench import Job, experiment
-from quantbench.results import Record, check_track, rank_by, write
+from quantbench.results import Record, check_recipe, rank_by, write
 from quantbench.store import Store
 
 Experiment = Callable[..., tuple[Record, Any] | None]  # as `bench.experiment`
@@ -53,10 +53,10 @@ def sweep(
 ) -> Outcome:
     """Makes and writes the record that `function` gives of every job.
 
-    ResultsError, before anything is made, where a record of these tracks is not sound and is not to be replaced.
+    ResultsError, before anything is made, where a record of these recipes is not sound and is not to be replaced.
     """
-    for track in {} if accept else dict.fromkeys(job.track_name for job in jobs):
-        check_track(results, track)
+    for track, recipe in {} if accept else dict.fromkeys((job.track_name, job.recipe_name) for job in jobs):
+        check_recipe(results, track, recipe)
     outcome = Outcome()
     for job, done in each(function, jobs, store, workers):
         if isinstance(done, str):
