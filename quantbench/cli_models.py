@@ -205,10 +205,11 @@ def _show(
     from datetime import UTC, datetime
 
     from quantbench import gallery
-    from quantbench.bench import environment, source
+    from quantbench.bench import environment, installed, source
     from quantbench.store import atomic_write
 
-    record = gallery.compose(verb, model, read, environment(), body)
+    here = environment() | installed("transformers", "tokenizers")  # whose code the model runs through
+    record = gallery.compose(verb, model, read, here, body)
     if arguments.figures:
         for name, picture in gallery.pictures(record).items():
             atomic_write(Path(arguments.figures) / name, picture)

@@ -391,9 +391,9 @@ def read(path: Path) -> Record:
     return record
 
 
-def check_track(root: Path, track: str) -> None:
-    """ResultsError where a record of a track is not sound: to be told before hours of work, not when it is written."""
-    for path in sorted(root.glob(f"{track}/*/*seed-*.json")):
+def check_recipe(root: Path, track: str, recipe: str) -> None:
+    """ResultsError where a record of a recipe is not sound: to be told before hours of work, not when it is written."""
+    for path in sorted((root / track / recipe).glob("*seed-*.json")):
         if not path.name.endswith(".run.json"):
             read(path)
 

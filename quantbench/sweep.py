@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from quantbench import shell
 from quantbench.bench import Job, check, experiment
-from quantbench.results import Record, check_track, rank_by, write
+from quantbench.results import Record, check_recipe, rank_by, write
 from quantbench.store import Store
 
 if TYPE_CHECKING:
@@ -59,10 +59,10 @@ def sweep(
 ) -> Outcome:
     """Makes and writes the record that `function` gives of every job.
 
-    ResultsError, before anything is made, where a record of these tracks is not sound and is not to be replaced.
+    ResultsError, before anything is made, where a record of these recipes is not sound and is not to be replaced.
     """
-    for track in {} if accept else dict.fromkeys(job.track_name for job in jobs):
-        check_track(results, track)
+    for track, recipe in {} if accept else dict.fromkeys((job.track_name, job.recipe_name) for job in jobs):
+        check_recipe(results, track, recipe)
     outcome = Outcome()
     for job, done in each(function, jobs, store, workers, check):
         if isinstance(done, str):

@@ -4,6 +4,7 @@ import json
 import math
 import shutil
 from dataclasses import replace
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +66,16 @@ def track(folder: Path, **changes: Any) -> Track:
 def job(folder: Path, recipe: str = "baseline", **changes: Any) -> Job:
     name, loaded = load_recipe(recipe, ROOT)
     return Job(name, loaded, "given", track(folder, **changes), 0)
+
+
+def test_a_measurement_says_whose_code_the_model_ran_through(
+    llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "text.txt").write_text(" ".join(TEXTS))
+    asked = ["measure", str(llama), "--text", str(tmp_path / "text.txt"), "--length", "24", "--windows", "2", "--json"]
+    assert main(asked) == 0
+    here = json.loads(capsys.readouterr().out)["environment"]
+    assert (here["transformers"], here["tokenizers"]) == tuple(map(metadata.version, ("transformers", "tokenizers")))
 
 
 # --- the track -------------------------------------------------------------------------------------------------------
