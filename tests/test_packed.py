@@ -202,7 +202,7 @@ def test_a_link_or_a_missing_file(file: str, tmp_path: Path) -> None:
         (lambda a: a["modules"][0].update(sites={"os": {}}), "AssertionError: os"),
         (lambda a: a["config"].update(layers=3), "tensor blocks.2.* is missing"),
         (lambda a: a["config"].update(mitigations={"magic": {}}), "KeyError"),
-        (lambda a: a["config"].update(width="wide"), "TypeError"),
+        (lambda a: a["config"].update(width="wide"), "width is .wide."),
         (lambda a: a.pop("modules"), "KeyError: 'modules'"),
     ],
 )
