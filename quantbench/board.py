@@ -21,6 +21,7 @@ from typing import Any
 
 from quantbench import relation, stats
 from quantbench.catalog import POST_HOC
+from quantbench.matched import Matched, matched, rate_of
 from quantbench.numerals import hundredths, plus_minus
 from quantbench.results import BASELINE, Record, comparable, rank_by
 
@@ -55,6 +56,7 @@ class Row:
     control: str = BASELINE  # the recipe it is compared with; of a post-hoc one, that whose checkpoints it shares
     comparisons: dict[str, stats.Comparison] = field(default_factory=dict)  # quantizer -> log KL against the control
     loss: stats.Comparison | None = None  # minus the control's, paired over the seeds or documents of both
+    matched: Matched | None = None  # against the baseline at the recipe's own rate, and at its loss
     front: float | None = None  # share of bootstrap draws in which it lies on the Pareto front of loss and damage
     notes: list[str] = field(default_factory=list)
 
@@ -160,6 +162,9 @@ def board(records: list[Record]) -> Board:
     _compare(own, shared, quantizers)
     _note_alike(ranked, ranking)
     _note_front(ranked, ranking)
+    curve = [record for row in own for record in row.records if rate_of(record) is not None]
+    for row in own:
+        row.matched = matched(row.records, curve, ranking) if row.name != BASELINE else None
     for row in ranked:
         row.notes += ["survives"] if row.survives(ranking) else []
     _note_environments(rows)

@@ -43,6 +43,10 @@ LEGEND = {
     "which Holm's procedure judged the row, so that it leaves out 1 just where p is below .05",
     "p": "of that ratio being 1, adjusted by Holm over the pretraining recipes, or over the post-hoc ones: the chance "
     "that any row of a family is told apart wrongly is at most 5%",
+    "at its rate": "the same against the baseline trained at the recipe's own learning rate; in brackets 95% limits of "
+    "a bootstrap over seeds. A dash: the baseline was not trained near it, or the optimizer is another",
+    "at its loss": "the same against the baseline where, on its curve over learning rates, it has the recipe's loss; "
+    "*not reachable*: it has it nowhere, or not surely",
     "share carried": "of the damage by extreme tokens: what goes away when they stay in full precision; in brackets "
     "when as many random tokens do; undefined where the damage may be 0",
     "notes": "*best*: rank 1. *like the best*: its KL cannot be told from that of rank 1 (Games and Howell, all "
@@ -59,7 +63,8 @@ LEGEND = {
 def main_table(track: Board) -> Table:
     """The ranked table: signatures, damage, and what may be claimed."""
     header = ["rank", "recipe", "seeds", "loss", "Δ loss", "residual peak", "BOS attention", "value drain", "act-max"]
-    header += [f"damage {track.ranking}", "KL ratio", "p", "share carried", "notes"]
+    curve = ["at its rate", "at its loss"] if any(row.matched for row in track.rows) else []
+    header += [f"damage {track.ranking}", "KL ratio", "p", *curve, "share carried", "notes"]
     rows = []
     for row in track.rows:
         signatures = [_figure(row.full("metrics", name, "value")) for name in (*SIGNATURES, "act-max")]
@@ -73,7 +78,8 @@ def main_table(track: Board) -> Table:
         ]
         ratio, p = _ratio(row, track.ranking)
         damage = _text(row.quantized(track.ranking, "damage"))
-        rows.append([*cells, damage, ratio, p, _share(row, track.ranking), "; ".join(row.notes)])
+        at = _matched(row) if curve else []
+        rows.append([*cells, damage, ratio, p, *at, _share(row, track.ranking), "; ".join(row.notes)])
     return header, rows
 
 
@@ -397,6 +403,15 @@ def _ratio(row: Row, quantizer: str) -> tuple[str, str]:
     ratio = compared.ratio
     p = "<0.0001" if compared.p < 1e-4 else f"{compared.p:.4f}" if compared.p < 0.1 else f"{compared.p:.2f}"
     return f"{plain(ratio.mean)} [{plain(ratio.low)}, {plain(ratio.high)}]", p
+
+
+def _matched(row: Row) -> list[str]:
+    if row.matched is None:
+        return ["", ""] if row.name == BASELINE else ["–", "–"]
+    return [
+        without if at is None else f"{plain(at.mean)} [{plain(at.low)}, {plain(at.high)}]"
+        for at, without in ((row.matched.at_rate, "–"), (row.matched.at_loss, "not reachable"))
+    ]
 
 
 def _loss(row: Row) -> str:

@@ -33,6 +33,7 @@ LAYERS = [
     ["portrait", "dormant", "ablation", "dynamics"],
     ["watchers", "interventions"],
     ["figures"],
+    ["matched"],
     ["relation", "stats", "grid", "numerals", "theory"],
     ["harness"],
     ["results", "pretrain", "evaluate", "packed"],
