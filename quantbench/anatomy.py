@@ -15,7 +15,8 @@ Shapes: B sequences, T tokens, D residual features, H query heads, E features of
 """
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from dataclasses import replace as changed
 from typing import Any
@@ -62,12 +63,7 @@ class Heads:
         """
         if more := _own_forward(self.output, nn.Linear):
             raise ValueError(f"the attention's output projection {more}: its weights alone do not say what it adds")
-        if self.output.weight.is_meta:  # accelerate keeps it elsewhere, and brings it for a pass
-            from accelerate.utils import align_module_device
-
-            with align_module_device(self.output):
-                weight_DF = self.output.weight.detach().clone()
-        else:
+        with brought(self.output):
             weight_DF = self.output.weight.detach()
         return weight_DF.T.unflatten(0, (heads, -1))
 
@@ -219,6 +215,18 @@ def anatomy(model: Any) -> Anatomy:
             why = f"with {name}: {refused} is no causal language model of a decoder alone"
             raise ValueError(f"{type(model).__name__} {why}")
     return _theirs(model, kind, ARCHITECTURES[kind])
+
+
+@contextmanager
+def brought(module: nn.Module) -> Iterator[None]:
+    """Within it a module has its weights: accelerate may keep them elsewhere, and bring them for a pass."""
+    if not any(p.is_meta for p in module.parameters(recurse=False)):
+        yield
+        return
+    from accelerate.utils import align_module_device
+
+    with align_module_device(module):
+        yield
 
 
 def device_of(model: nn.Module) -> torch.device:

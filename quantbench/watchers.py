@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from quantbench.anatomy import Anatomy
+from quantbench.anatomy import Anatomy, brought
 from quantbench.calibration import EXTREME, Exemption, learned_keys, what_counts
 from quantbench.metrics import Activations, LayerMean, Metric, median
 from quantbench.trace import Watcher, remedy, token_losses
@@ -133,8 +133,8 @@ class Largest:
         """For `trace.hooked`."""
         layers = {id(m): layer for layer, block in enumerate(self.parts.blocks) for m in block.modules()}
         for path, module in self.model.named_modules():
-            for weight in module.parameters(recurse=False):
-                if not weight.is_meta and weight.numel():  # accelerate keeps some elsewhere
+            with brought(module):
+                for weight in filter(Tensor.numel, module.parameters(recurse=False)):
                     self._see(path, layers.get(id(module)), "weight", weight.detach())
         residual = {id(m) for m in (*self.parts.blocks, *self.parts.places.get("residual", {}).values())}
         scores = {id(heads.scores) for heads in self.parts.heads.values()}
