@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from quantbench.bench import Job, experiment
+from quantbench.markup import visible
 from quantbench.results import Record, check_recipe, rank_by, write
 from quantbench.store import Store
 
@@ -61,7 +62,7 @@ def sweep(
     for job, done in each(function, jobs, store, workers):
         if isinstance(done, str):
             outcome.failed[str(job)] = done
-            print(f"quantbench: {job}: {done}", file=sys.stderr)
+            print(visible(f"quantbench: {job}: {done}"), file=sys.stderr)
         else:
             record, run = done
             _keep(job, record, run, results, accept, outcome, tell)
