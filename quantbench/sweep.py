@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from quantbench import shell
 from quantbench.bench import Job, check, experiment
+from quantbench.markup import visible
 from quantbench.results import Record, check_recipe, rank_by, write
 from quantbench.store import Store
 
@@ -67,7 +68,7 @@ def sweep(
     for job, done in each(function, jobs, store, workers, check):
         if isinstance(done, str):
             outcome.failed[str(job)] = done
-            print(f"quantbench: {job}: {done}", file=sys.stderr)
+            print(visible(f"quantbench: {job}: {done}"), file=sys.stderr)
         else:
             record, run = done
             _keep(job, record, run, results, accept, outcome, tell)
