@@ -43,7 +43,7 @@ PROCESSORS: dict[str, list[list[str]]] = {
     "avx2": [["-march=haswell", "-mtune=native"], ["-march=haswell"]],
     "default": [[]],
 }
-WIDTHS: dict[str, list[str]] = {"512-bit": [], "256-bit": ["-DVECTOR_BYTES=32", "-mprefer-vector-width=256"]}
+WIDTHS: dict[str, list[str]] = {"512-bit": [], "256-bit": ["-DNARROW", "-mprefer-vector-width=256"]}
 FALLBACK = "; falling back to torch, slower, same results"
 PATIENCE = 300  # seconds for one run of the compiler
 
@@ -61,7 +61,7 @@ Measure = Callable[[dict[str, ctypes.CDLL]], dict[str, float]]  # milliseconds o
 def library(source: Path, measure: Measure | None = None) -> ctypes.CDLL | None:
     """The library compiled from a C++ file; None where there is none to be had. The outcome is kept by the process.
 
-    With `measure` the file is built for every width of vectors in `WIDTHS` that the processor has, as VECTOR_BYTES.
+    With `measure` the file is built for every width of vectors in `WIDTHS` that the processor has.
     """
     return (_outcome(source, measure) or (None,))[0]
 

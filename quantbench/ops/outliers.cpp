@@ -4,9 +4,9 @@
 // above infinity. So a maximum needs no conversion and lets NaN through, and a threshold is the smallest bit pattern
 // that is not below it.
 //
-// Powers are summed in float32 over 128 elements, then in double. How far that can be off is known (`Format::ROUNDINGS`,
-// `Kernel::precise`): where it might be more than TOLERANCE, because the mean is not small beside the deviation or a
-// fourth power may leave the range, a piece is summed again, in double and about its mean, while it is in the cache.
+// Powers are summed in float32 over 128 elements, then in double. How far off that can be is known (ROUNDINGS and
+// `precise`). Where it might be more than TOLERANCE, as the mean is not small beside the deviation, or where a fourth
+// power may leave the range, a piece is summed again, in double and about its mean, while it is in the cache.
 //
 // No bit of a result depends on the number of threads (blocks of rows are cut by the shape and merged in order), nor on
 // the width of the vectors: an element goes to one of the 16 lanes of its cache line, however many registers they fill.
@@ -21,21 +21,25 @@
 #include <cstring>
 #include <limits>
 #include <new>
+#include <type_traits>
 #include <vector>
 #ifdef __linux__
 #include <sys/mman.h>
 #endif
-#ifdef __AVX2__
+#if defined(__AVX512BW__) && !defined(NARROW)  // NARROW: the build with vectors of 256 bits for such a processor
+#define VECTORS_512
+#elif defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
+#define VECTORS_256
+#endif
+#if defined(VECTORS_512) || defined(VECTORS_256)
 #include <immintrin.h>
 #endif
 
 namespace {
 
-#if defined(VECTOR_BYTES)
-constexpr int WIDTH = VECTOR_BYTES;  // bytes of a vector
-#elif defined(__AVX512BW__)
-constexpr int WIDTH = 64;
-#elif defined(__AVX2__)
+#if defined(VECTORS_512)
+constexpr int WIDTH = 64;  // bytes of a vector
+#elif defined(VECTORS_256)
 constexpr int WIDTH = 32;
 #else
 constexpr int WIDTH = 16;
@@ -73,9 +77,9 @@ template <class V> V load(const void* from) {
 
 // a * b + c with one rounding, where the processor has that.
 inline F32 fma(F32 a, F32 b, F32 c) {
-#if defined(__AVX512F__) && !defined(VECTOR_BYTES)
+#if defined(VECTORS_512)
   return (F32)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
-#elif defined(__AVX2__) && defined(__FMA__)
+#elif defined(VECTORS_256)
   return (F32)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
 #else
   return a * b + c;
@@ -87,10 +91,11 @@ struct Eight64 {
   F64 v[STRANDS];
 };
 inline Eight64 widen(Eight32 x) {
-#if defined(__AVX512F__) && !defined(VECTOR_BYTES)
+#if defined(VECTORS_512)
   return {{(F64)_mm512_cvtps_pd((__m256)x)}};
-#elif defined(__AVX2__)
-  return {{(F64)_mm256_cvtps_pd(_mm256_castps256_ps128((__m256)x)), (F64)_mm256_cvtps_pd(_mm256_extractf128_ps((__m256)x, 1))}};
+#elif defined(VECTORS_256)
+  const __m128 low = _mm256_castps256_ps128((__m256)x), high = _mm256_extractf128_ps((__m256)x, 1);
+  return {{(F64)_mm256_cvtps_pd(low), (F64)_mm256_cvtps_pd(high)}};
 #else
   Eight64 wide;
   for (int l = 0; l < 8; ++l) wide.v[l / (WIDTH / 8)][l % (WIDTH / 8)] = double(x[l]);
@@ -150,7 +155,7 @@ template <class Format> struct Half {
   static constexpr Roundings ROUNDINGS{5, 3, 6, 6};
   static float value(Bits bits) { return Format::template widen<float>(int32_t(uint32_t(uint16_t(bits)) << 16)); }
   static Eight32 eight(const Bits* x) {
-#ifdef __AVX2__
+#if defined(VECTORS_512) || defined(VECTORS_256)
     const __m256i high = _mm256_slli_epi32(_mm256_cvtepu16_epi32(load<__m128i>(x)), 16);
     return Format::template widen<Eight32>(as<EightBits>(high));
 #else
@@ -172,11 +177,13 @@ struct BFloat16 : Half<BFloat16> {
 struct Float16 : Half<Float16> {  // the finite ones, subnormal or not
   static constexpr Bits INF = 0x7c00;
   template <class F, class I> static F widen(I high) { return as<F>((high >> 3) & int32_t(0x8fffe000)) * 0x1p112f; }
-#if defined(__AVX512F__) && !defined(VECTOR_BYTES)
+#if defined(VECTORS_512)
+  static Eight32 eight(const Bits* x) { return (Eight32)_mm256_cvtph_ps(load<__m128i>(x)); }
   static void unpack(const Bits* line, int, I16, F32* parts) {
     for (int k = 0; k < 2; ++k) parts[k] = (F32)_mm512_cvtph_ps(load<__m256i>(line + 16 * k));
   }
-#elif defined(__F16C__) && defined(__AVX2__)
+#elif defined(VECTORS_256)
+  static Eight32 eight(const Bits* x) { return (Eight32)_mm256_cvtph_ps(load<__m128i>(x)); }
   static void unpack(const Bits* line, int strand, I16, F32* parts) {
     for (int k = 0; k < 2; ++k) parts[k] = (F32)_mm256_cvtph_ps(load<__m128i>(line + 16 * k + 8 * strand));
   }
@@ -404,11 +411,26 @@ template <class T> struct Kernel {
     out.row_count[i] = row.count;
     if (!out.q) return;
     if (kept) quantize(i, nullptr, [from, kept = kept](int64_t j) -> Bits { return from[j] & kept[j]; });
-    else if (row.count == 0) quantize(i, &row.top, [from](int64_t j) { return from[j]; });
+    else if (row.count == 0) quantize(i, &row.top, All{from});
     else quantize(i, nullptr, [from, least = least](int64_t j) {
       return is_outlier(from[j] & SIZE, least) ? Bits(0) : from[j];
     });
   }
+
+  struct All {
+    const Bits* from;
+    Bits operator()(int64_t j) const { return from[j]; }
+  };
+
+#ifdef VECTORS_256
+  static void integers_of_32(const Bits* from, float factor, int8_t* q) {
+    __m256i n[4];
+    for (int k = 0; k < 4; ++k) n[k] = _mm256_cvtps_epi32((__m256)(T::eight(from + 8 * k) * factor));
+    const __m256i quarters = _mm256_packs_epi16(_mm256_packs_epi32(n[0], n[1]), _mm256_packs_epi32(n[2], n[3]));
+    const __m256i in_order = _mm256_permutevar8x32_epi32(quarters, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
+    std::memcpy(q, &in_order, sizeof in_order);
+  }
+#endif
 
   // `included` gives an element, or zero for one that is left out; `top` is the largest magnitude, where it is known.
   template <class Included> void quantize(int64_t i, const Bits* top, Included included) const {
@@ -421,8 +443,14 @@ template <class T> struct Kernel {
     if (!(scale > 0 && scale < INFINITY)) std::memset(q, 0, n);
     else if (factor == INFINITY)  // a scale below 4e-37
       for (int64_t j = 0; j < n; ++j) q[j] = (included(j) & SIZE) == 0 ? 0 : included(j) < 0 ? -127 : 127;
-    else  // to the low bits, half to even, by 1.5 * 2^23. No clamp: a product exceeds 127 by a rounding at most
-      for (int64_t j = 0; j < n; ++j) q[j] = int8_t(as<int32_t>(T::value(included(j)) * factor + 0x1.8p23f));
+    else {  // no clamp: a product exceeds 127 by a rounding at most
+      int64_t j = 0;
+#ifdef VECTORS_256
+      if constexpr (std::is_same_v<Included, All>)
+        for (; j + 32 <= n; j += 32) integers_of_32(included.from + j, factor, q + j);
+#endif
+      for (; j < n; ++j) q[j] = int8_t(as<int32_t>(T::value(included(j)) * factor + 0x1.8p23f));  // half to even
+    }
   }
 
   Moments block(int64_t start, Columns& cols) const {
