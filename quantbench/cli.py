@@ -35,6 +35,9 @@ def _run(argv: list[str]) -> int:
     except (ValueError, OSError) as error:
         print(f"quantbench: {error}" if not _is_placed(error) else error, file=sys.stderr)
         return 2
+    except ModuleNotFoundError as error:
+        print(f"quantbench: {error}: install it, or all that is needed with `make setup`", file=sys.stderr)
+        return 2
     except _integrity() as error:
         print(f"quantbench: {error}", file=sys.stderr)
         return 5
