@@ -36,6 +36,9 @@ def _run(argv: list[str]) -> int:
     except (ValueError, OSError) as error:
         print(visible(f"quantbench: {error}" if not _is_placed(error) else str(error)), file=sys.stderr)
         return 2
+    except ModuleNotFoundError as error:
+        print(f"quantbench: {error}: install it, or all that is needed with `make setup`", file=sys.stderr)
+        return 2
     except _integrity() as error:
         print(visible(f"quantbench: {error}"), file=sys.stderr)
         return 5

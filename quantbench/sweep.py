@@ -151,6 +151,7 @@ def _headline(record: Record) -> str:
 
 # --- workers ---------------------------------------------------------------------------------------------------------
 
+STILLBORN = 3  # processes in a row that end before their first word: then no other would come further
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1",
                "HF_DATASETS_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "TQDM_DISABLE": "1"}  # fmt: skip
 
@@ -164,6 +165,7 @@ def _round(
     """
     todo, broken = deque(jobs), dict[str, str]()
     team: list[_Worker] = []
+    stillborn = 0
     try:
         while todo and len(team) < workers:
             team.append(_Worker(root, function, todo.popleft()))
@@ -171,6 +173,7 @@ def _round(
             ready = wait([end for worker in team for end in (worker.pipe, worker.process.sentinel)])
             for worker in [worker for worker in team if worker.pipe in ready or worker.process.sentinel in ready]:
                 job, heard = worker.job, worker.hear()
+                stillborn = 0 if worker.began else stillborn + 1
                 if heard and heard[0] == "say":
                     report(str(job), *heard[1:])
                     continue
@@ -186,7 +189,7 @@ def _round(
                 broken[str(job)] = how
                 if not last:
                     print(f"quantbench: {job}: {how}; it is tried again, alone", file=sys.stderr, flush=True)
-                if todo and worker.began:  # else the next would not come far, either
+                if todo and stillborn < STILLBORN:
                     team.append(_Worker(root, function, todo.popleft()))
         return broken | {str(job): how for job in todo}
     except BaseException:

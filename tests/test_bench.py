@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from blows import Blow, Unreadable, meet
+from blows import Blow, Stillborn, Unreadable, meet
 from test_store import read_only
 
 from quantbench.bench import Job, environment, experiment
@@ -634,3 +634,10 @@ def test_workers_end_with_a_signal_to_all_of_them(tmp_path: Path, blow: signal.S
         how = "interrupted" if blow == signal.SIGINT else f"stopped by {blow.name}"
         assert said == [f"quantbench: {how}; run the same command again to go on where it stopped"]
         assert child.returncode == 128 + blow
+
+
+def test_processes_that_cannot_start_are_not_started_for_every_job(tmp_path: Path) -> None:
+    jobs: list[Any] = [Stillborn(f"job {number}", str(tmp_path / "starts")) for number in range(20)]
+    found = outcomes(jobs, tmp_path, workers=1)
+    assert all(done.startswith("its process ended with exit code 9, and so when") for done in found.values())
+    assert (len(found), len((tmp_path / "starts").read_text())) == (20, 6)  # three in a row, in two rounds
