@@ -216,7 +216,7 @@ def _load(source: Path, commands: dict[str, list[list[str]]], paths: dict[str, P
         with ThreadPoolExecutor() as pool:
             list(pool.map(lambda name: _build(source, commands[name], paths[name]), sorted(missing)))
         found |= {name: ctypes.CDLL(str(paths[name])) for name in missing}
-    return found
+    return {name: found[name] for name in commands}
 
 
 def _loaded(path: Path) -> ctypes.CDLL | None:
