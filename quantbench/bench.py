@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
 # Bumped by hand when a stage's numbers change (the golden losses in tests/ guard it), so that an unrelated edit
 # does not throw hours of work away.
-VERSIONS = {"pretrain": 2, "given": 2, "measure": 2, "quantize": 2}
+VERSIONS = {"pretrain": 2, "given": 2, "measure": 3, "quantize": 2}
 
 # What of a track a checkpoint does not depend on, and what does not make two tables two.
 AFTER_PRETRAINING = ("title", "seeds", "extra-seeds", "quantizers", "baseline-only", "metrics", "rank-by", "evaluate",

@@ -65,7 +65,8 @@ def sweep(
     for track, recipe in {} if accept else dict.fromkeys((job.track_name, job.recipe_name) for job in jobs):
         check_recipe(results, track, recipe)
     outcome = Outcome()
-    for job, done in each(function, jobs, store, workers, check):
+    before = partial(begin, workers=workers, can_set=function is experiment)
+    for job, done in each(function, jobs, store, workers, before):
         if isinstance(done, str):
             outcome.failed[str(job)] = done
             print(visible(f"quantbench: {job}: {done}"), file=sys.stderr)
@@ -75,16 +76,28 @@ def sweep(
     return outcome
 
 
+def begin(jobs: list[Job], store: Store, workers: int, can_set: bool) -> None:
+    """ValueError for what would stop jobs after hours of work; a line where they take longer here than they need to.
+
+    can_set: whether the verb takes `--set`, by which that can be changed.
+    """
+    from quantbench.speed import BY_COPY, BY_SET, advice
+
+    check(jobs, store)
+    if line := advice(jobs, store, workers, BY_SET if can_set else BY_COPY):
+        print(f"quantbench: {line}", file=sys.stderr, flush=True)
+
+
 def each(
     function: Callable[..., Any],
     jobs: list[Job],
     store: Store,
     workers: int,
-    check: Callable[[list[Job], Store], None] = lambda *_: None,
+    before: Callable[[list[Job], Store], None] = lambda *_: None,
 ) -> Iterator[tuple[Job, Any]]:
     """Every job with what `function(job, store, compute, say)` of `bench` gives, as they end; text: why it failed.
 
-    What is in the store already comes first and starts no worker; `check` may refuse the rest before any work.
+    What is in the store already comes first and starts no worker; `before` may refuse the rest before any work.
     """
     missing = []
     for job in jobs:
@@ -95,11 +108,7 @@ def each(
             yield job, done
     if not missing:
         return
-    check(missing, store)
-    from quantbench.speed import BY_COPY, BY_SET, advice
-
-    if line := advice(missing, store, workers, BY_SET if function is experiment else BY_COPY):
-        print(f"quantbench: {line}", file=sys.stderr, flush=True)
+    before(missing, store)
     with _progress(missing) as report:
         # Twice alone, where the memory is its own: what breaks then is broken.
         rounds = [1, 1] if min(workers, len(missing)) == 1 else [workers, 1, 1]

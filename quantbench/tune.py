@@ -8,6 +8,7 @@ fiftieth of the steps: fresh sequences, the same for every point, and none of th
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,7 @@ def tune(
     other = any("optimizer" in catalog.seams(mitigation) for mitigation in recipe.mitigations)
     start, reach = (recipe.lr.get(track_name, track.lr), 2) if other else (baseline_lr, 1)
     low, high = -reach, reach
+    before = partial(sweep.begin, workers=workers, can_set=False)
     losses: dict[int, float | None] = {}
     while True:
         todo = {}
@@ -48,7 +50,7 @@ def tune(
                 lr = half_decades(start, index)
                 todo[lr] = index
         jobs = [Job(f"{name} lr {lr:g}", replace(recipe, lr={track_name: lr}), track_name, track, SEED) for lr in todo]
-        for job, found in sweep.each(bench.training, jobs, store, workers, bench.check):
+        for job, found in sweep.each(bench.training, jobs, store, workers, before):
             diverged = isinstance(found, str) or found["reason"] is not None
             losses[todo[job.lr]] = None if diverged else found["final-loss"]
             tell(f"{name} lr {job.lr:g}: " + ("diverged" if diverged else f"loss {found['final-loss']:.4f}"))

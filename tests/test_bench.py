@@ -562,8 +562,8 @@ def test_a_job_that_breaks_whenever_it_runs_is_a_failure_that_says_how_to_go_on(
     project = project_in(tmp_path)
     with endless(project) as (child, workers):
         os.kill(workers[0], signal.SIGKILL)
-        wait_for(lambda: bool(workers_of(child)) and workers_of(child) != workers, child)
-        again = workers_of(child)
+        wait_for(lambda: bool(set(workers_of(child)) - set(workers)), child)
+        again = sorted(set(workers_of(child)) - set(workers))
         os.kill(again[0], signal.SIGKILL)
         out, err = child.communicate()
         assert child.returncode == 3
