@@ -24,6 +24,7 @@ from quantbench.harness import _lm
 from quantbench.portrait import portrait
 from quantbench.pretrained import Given, open_model, tokenizer_of
 from quantbench.store import Store
+from quantbench.strict import Placed
 from quantbench.tasks.bigram_backcopy import BigramBackcopy
 from quantbench.tasks.passages import Passages
 from quantbench.tasks.text import Text
@@ -65,6 +66,9 @@ def test_so_is_the_tokenizer_of_another_model_though_it_has_as_many_tokens(
     with pytest.raises(ValueError, match=r"passages: the tokenizer of [^\n]*: set `tokenizer: "):
         experiment(job(other, task=Passages(tokenizer=str(llama))), Store(tmp_path / "store"))
     Passages(tokenizer=str(llama)).check_model(str(shutil.copytree(llama, tmp_path / "copy")), llama)
+    # Paths of a track are relative to its file, wherever the command is given.
+    beside = Placed(f"./{llama.name}", str(llama.parent))
+    Passages(tokenizer=beside).check_model(Placed("copy", str(tmp_path)), tmp_path)
 
 
 def trimmed(rows: int, bos: int | None = 0) -> Given:

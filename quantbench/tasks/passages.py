@@ -46,11 +46,12 @@ class Passages(Task):
         return Documents(tokenizer, bos, texts, digest_of([VERSION, list(self.sets), digest, read]))
 
     def check_model(self, model: str, cache: Path) -> None:
-        from quantbench.pretrained import tokenizer_of
+        from quantbench.pretrained import SHORT, tokenizer_of
 
-        if self.tokenizer == model:
+        places = [place(name, SHORT) for name in (self.tokenizer, model)]
+        if places[0] == places[1]:
             return
-        mine, theirs = (_reading(tokenizer_of(name, cache)[0]) for name in (self.tokenizer, model))
+        mine, theirs = (_reading(tokenizer_of(at, cache)[0]) for at in places)
         if mine != theirs:
             raise ValueError(
                 f"passages: the tokenizer of {self.tokenizer} is not that of {model}, to which its ids mean other "

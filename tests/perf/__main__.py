@@ -25,7 +25,7 @@ from tests.perf.table import PARTS, missed, render
 
 CORES = 2
 AVX2 = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"}
-ON_AVX2 = ("products", "grid", "attention")  # of which the paths or the goals depend on the CPU
+ON_AVX2 = ("statistics", "products", "grid", "attention")  # whose paths or goals depend on the CPU
 
 
 def main(parts: list[str]) -> int:
