@@ -316,7 +316,8 @@ def test_one_full_precision_pass_serves_all_variants(llama: Path, documents: Non
     alone = quantized(reference, asked.quantizers["w8a8-static"], False)[1]  # type: ignore[arg-type]
     first = passes
     both = quantized(reference, asked.quantizers["w8a8-static"], True)[1]  # type: ignore[arg-type]
-    assert passes == 2 * first == 2 * len(reference.batches)
+    # Once a batch for the comparison; the likeliest tokens, asked for once a batch too, are kept from then on.
+    assert (first, passes) == (2 * len(reference.batches), 3 * len(reference.batches))
     assert {**both, "exemption": None} == alone
 
 

@@ -22,7 +22,7 @@ from quantbench import speed
 from quantbench.bench import Job, _quota, default_jobs, environment, training
 from quantbench.cli import main
 from quantbench.model import cost
-from quantbench.ops import integers, measured
+from quantbench.ops import integers, measured, outliers
 from quantbench.pretrain import build
 from quantbench.recipe import Track, load_recipe, load_track
 from quantbench.store import Store, digest
@@ -330,7 +330,11 @@ def test_doctor_is_one_object_with_what_was_chosen_and_the_minutes(
     found = json.loads(capsys.readouterr().out)
     assert found["ready"] == {"command": "make bench RECIPE=relu-attn", "ready": True}
     assert found["device"]["class"] == environment()
-    assert {choice["chosen"] for choice in found["choices"]["choices"]} <= {"int8", "float32"}
+    products = [one for one in found["choices"]["choices"] if one["question"].startswith("exact integer product")]
+    assert products
+    assert {one["chosen"] for one in products} <= {"int8", "float32"}
+    [kernel] = [one for one in found["choices"]["choices"] if one not in products]
+    assert kernel["chosen"] == outliers.choice()["path"]
     assert found["choices"]["precision"]["times"] == pytest.approx({"fp32": 104.0, "bf16": 796.0})
     assert found["choices"]["precision"]["advice"] == speed.BY_SET
     rounds = math.ceil(6 / found["time"]["workers"])

@@ -325,9 +325,9 @@ needs_cpp = pytest.mark.skipif(
 @needs_cpp
 def test_the_width_of_vectors_changes_no_bit() -> None:
     """Of any build: what was measured faster may be another tomorrow, and on another machine."""
-    compiler, found = native._compiler(), []
+    compiler, found = native.find_compiler(), []
     assert compiler is not None
-    with native._locked(native._cache()) as folder:
+    with native._locked(native.cache_folder("native")) as folder:
         libraries = native._load(
             outliers.SOURCE,
             commands := {

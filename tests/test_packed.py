@@ -304,5 +304,5 @@ def test_export_refuses_in_a_line(project: Path, words: list[str], says: str, ca
 
 def test_export_says_when_a_quantizer_saves_itself(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["export", "baseline", "--track", "smoke", "--quantizer", "bnb-nf4", "--to", "x"]) == 2
-    assert capsys.readouterr().err.splitlines()[-1].endswith("saves itself by its own means")
+    assert capsys.readouterr().err.splitlines()[-1].endswith("bitsandbytes saves its models by its own means")
     assert not (project / "x").exists()

@@ -349,7 +349,7 @@ def test_help_loads_nothing_heavy(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("w8a8-static-residul", "no such quantizer; did you mean 'w8a8-static-residual'"),
+        ("w8a8-static-residul", "there is none; did you mean 'w8a8-static-residual'"),
         ("bnb-nf4", "--quantizer bnb-nf4: it has no sites to tell apart; choose .*w8a8-static-residual"),
     ],
 )
