@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from quantbench import relation
-from quantbench.board import FRONT, SURVIVES, Board, Row, value_of
+from quantbench.board import FRONT, Board, Row, value_of
 from quantbench.numerals import estimate, hundredths, plain
 from quantbench.results import BASELINE
 
@@ -54,7 +54,7 @@ def _survive(track: Board, compared: list[Row]) -> str:
         return ""
     rows = [row for row in track.rows if row.rank is not None and row.survives(track.ranking)]
     named = ", ".join(f"{row.name} ({plain(value_of(row.quantized(track.ranking, 'damage')))})" for row in rows)
-    return f"Damage surely below {SURVIVES} nats (95%): {named or 'none'}."
+    return f"Damage surely below {track.level:g} nats (95%): {named or 'none'}."
 
 
 def _cost(better: list[Row]) -> str:

@@ -44,9 +44,9 @@ if TYPE_CHECKING:
 VERSIONS = {"pretrain": 2, "given": 2, "measure": 3, "quantize": 2}
 
 # What of a track a checkpoint does not depend on, and what does not make two tables two.
-AFTER_PRETRAINING = ("title", "seeds", "extra-seeds", "quantizers", "baseline-only", "metrics", "rank-by", "evaluate",
-                     "checkpoint")  # fmt: skip
-COSMETIC = ("title", "seeds", "extra-seeds", "checkpoint")
+AFTER_PRETRAINING = ("title", "seeds", "extra-seeds", "quantizers", "baseline-only", "metrics", "rank-by", "survives",
+                     "evaluate", "checkpoint")  # fmt: skip
+COSMETIC = ("title", "seeds", "extra-seeds", "survives", "checkpoint")
 
 ROOM = 32 << 20  # bytes that the smallest of tracks needs
 # Variables that change what torch computes, beside what `environment` sees of them: part of a key where they are set.

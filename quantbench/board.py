@@ -23,11 +23,10 @@ from quantbench import relation, stats
 from quantbench.catalog import POST_HOC
 from quantbench.matched import Matched, matched, rate_of
 from quantbench.numerals import hundredths, plus_minus
-from quantbench.results import BASELINE, Record, comparable, rank_by
+from quantbench.results import BASELINE, Record, comparable, level_of, rank_by
 
 LEARNED_LESS = "learned less"
 SAME = 1e-5  # nats between losses of one function, computed in another order
-SURVIVES = 0.01  # nats per token of damage: a recipe whose upper limit is below survives the quantizer
 FRONT = 0.8  # of the bootstrap draws: what a row's place on the Pareto front takes to be marked
 DRAWS = 4000
 SIGNATURES = ("residual-peak", "bos-attention", "value-drain")
@@ -65,9 +64,9 @@ class Row:
         return self.loss is not None and self.loss.separates and self.loss.difference.mean > SAME
 
     def survives(self, quantizer: str) -> bool:
-        """Whether the damage is below `SURVIVES`, its interval included."""
+        """Whether the damage, its interval included, is below the level that the track states."""
         damage = self.quantized(quantizer, "damage")
-        return damage is not None and damage.interval is not None and damage.interval.high < SURVIVES
+        return damage is not None and damage.interval is not None and damage.interval.high < level_of(self.records[0])
 
     def full(self, *keys: str) -> Mean | None:
         """The mean of a full-precision figure, such as `loss`, or `metrics`, `act-max`, `value`."""
@@ -145,6 +144,7 @@ class Board:
     quantizers: list[str]
     rows: list[Row]
     records: list[Record]
+    level: float  # of damage, below which a recipe survives
     seeds: dict[str, tuple[float, float]]  # log KL, loss -> (F, p) of the seed, over the pretraining recipes
 
 
@@ -174,7 +174,7 @@ def board(records: list[Record]) -> Board:
         "loss": stats.unit_effect({row.name: _losses(row) for row in own}),
     }
     seeds = {name: effect for name, effect in effects.items() if effect is not None}
-    return Board(track["name"], track["title"], ranking, quantizers, ranked + last, records, seeds)
+    return Board(track["name"], track["title"], ranking, quantizers, ranked + last, records, level_of(kept[0]), seeds)
 
 
 def _row(name: str, kept: list[Record], stale: list[Record]) -> Row:

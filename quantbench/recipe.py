@@ -19,6 +19,8 @@ from quantbench.strict import Added, Entries, Entry, KeyedError, Place, Range
 NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 TAKEN = ("models", "perf", "claims.md", "leaderboard.csv")  # in results/ by what is no track
 
+SURVIVES = 0.01  # nats per token of damage, where a track says nothing else
+
 T = TypeVar("T")
 
 
@@ -103,6 +105,8 @@ class Track:
     rank_by: dict[Literal["damage"], str]  # the quantizer by whose damage rows are ranked
     steps: Annotated[int, Range(0, 100_000_000)] = 0  # of pretraining; 0 where the model is `pretrained`
     lr: Annotated[float, Range(0.0, 100.0)] = 0.0  # the baseline's; 0 likewise
+    # nats per token of damage under that quantizer: a recipe whose interval lies below survives it
+    survives: Annotated[float, Added(), Range(1e-9, 1e9)] = SURVIVES
     baseline_only: Annotated[tuple[str, ...], Added()] = ()  # quantizers that no other recipe goes through: references
     pretrained: Annotated[str, Added(), Place()] = ""  # a model that is there already, as `quantbench measure` takes it
     model: Shape = field(default_factory=Shape)

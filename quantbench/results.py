@@ -298,6 +298,13 @@ def _agree(full: dict[str, Any], quantized: dict[str, dict[str, Any]], where: st
                 raise ResultsError(f"{at}.lm-eval.{task}: not the share of its items that were right")
 
 
+def level_of(record: Record) -> float:
+    """The damage below which a recipe survives, nats per token, as its track states it."""
+    from quantbench.recipe import SURVIVES
+
+    return float(record["track"]["resolved"].get("survives", SURVIVES))
+
+
 def rank_by(record: Record) -> str:
     """The quantizer by whose damage the record's track ranks its rows."""
     rule = record["track"]["resolved"].get("rank-by")

@@ -13,7 +13,6 @@ from quantbench.board import (
     FRONT,
     SAME,
     SIGNATURES,
-    SURVIVES,
     Board,
     Mean,
     Row,
@@ -52,9 +51,9 @@ LEGEND = {
     "notes": "*best*: rank 1. *like the best*: its KL cannot be told from that of rank 1 (Games and Howell, all "
     f"pairs, 5%). *Pareto* and a number: the share of {DRAWS:,} bootstrap draws of the seeds in which no row has both "
     f"a lower loss and a lower damage; said from {FRONT} on. *survives*: the upper limit of its damage is below "
-    f"{SURVIVES} nats. *learned less*: its full-precision loss is higher than the baseline's (paired, Holm, 5%), so "
-    "that a smaller damage may only mean that there was less to damage. *against*: the recipe whose checkpoints a "
-    "post-hoc one shares. "
+    "the level that the track states (in the answers above). *learned less*: its full-precision loss is higher than "
+    "the baseline's (paired, Holm, 5%), so that a smaller damage may only mean that there was less to damage. "
+    "*against*: the recipe whose checkpoints a post-hoc one shares. "
     "*stale*: of another version of the recipe, the track or the data, never pooled. *n of m seeds*: fewer than the "
     "track asks for. *other* or *mixed environments*: threads, CPU capability, device or build differ",
 }

@@ -85,6 +85,14 @@ def test_what_survives_is_below_a_stated_level_with_its_interval() -> None:
     assert found["Which survive?"] == "Damage surely below 0.01 nats (95%): firm (0.00520)."
 
 
+def test_the_level_is_the_tracks_where_it_states_one() -> None:
+    records = [*runs("baseline", 1.0), *runs("firm", 0.05), *runs("nearly", 0.09)]
+    for record in records:
+        record["track"]["resolved"]["survives"] = 0.02
+    found = dict(answers(board(records), relation.relate(records)["text"]))["Which survive?"]
+    assert found == "Damage surely below 0.02 nats (95%): firm (0.00520), nearly (0.00936)."
+
+
 def test_bos_is_named_where_the_extreme_tokens_are_bos_alone() -> None:
     records = runs("baseline", 1.0)
     for record in records:
