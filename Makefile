@@ -41,7 +41,7 @@ $(STAMP): pyproject.toml constraints.txt
 $(TOOLS): $(STAMP)
 	@echo "installing what tests and checks need (once) ..."
 	@$(INSTALL) -e '.[dev]'
-	@$(INSTALL) --no-deps --upgrade --target .venv/peers $(PEERS)
+	@$(INSTALL) --compile --no-deps --upgrade --target .venv/peers $(PEERS)  # else the tests' own warnings would end it
 	@$(PIP) check
 	@touch $@
 
