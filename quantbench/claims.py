@@ -484,10 +484,11 @@ add to the stream over what other tokens would, of the layer where it is smalles
 token, at the block where it is largest."""
 
 
-def render(results_root: Path) -> dict[Path, bytes]:
-    """claims.md by its path; nothing where no record answers a claim of the task."""
+def render(results_root: Path, examined: Mapping[str, list[Row]] | None = None) -> dict[Path, bytes]:
+    """claims.md by its path, from what `examine` gives; nothing where no record answers a claim of the task."""
     runs, _ = _sorted(results_root)
-    found = {name: some for name, some in examine(results_root).items() if _on_task(runs[name])}
+    known = examine(results_root) if examined is None else examined
+    found = {name: some for name, some in known.items() if _on_task(runs[name])}
     if not found:
         return {}
     parts = [INTRODUCTION]

@@ -456,8 +456,6 @@ def relation(arguments: argparse.Namespace) -> int:
 
 def hypotheses_(arguments: argparse.Namespace) -> int:
     """Hold the predictions that were written before the runs against the records."""
-    import json
-
     from quantbench import claims, hypotheses
     from quantbench.board import board
     from quantbench.relation import relate
@@ -472,7 +470,7 @@ def hypotheses_(arguments: argparse.Namespace) -> int:
             facts = hypotheses.Facts(board(mine), related[track], claimed)
             found[track] = hypotheses.judged(written, facts)
     if arguments.json:
-        print(json.dumps(hypotheses.plain_form(found), indent=1, sort_keys=True, ensure_ascii=False))
+        print_json(hypotheses.plain_form(found))
     for track, verdicts in {} if arguments.json else found.items():
         print_table(hypotheses.table(verdicts), f"predictions of {track}: {hypotheses.score(verdicts)}")
     return 0

@@ -59,7 +59,7 @@ def render(results_root: Path, readme: Path | None = None) -> dict[Path, bytes]:
     files[results_root / "README.md"] = "\n".join(sections).encode()
     files[results_root / "leaderboard.csv"] = _csv(boards)
     files |= gallery.render(results_root)
-    files |= claims.render(results_root)
+    files |= claims.render(results_root, claimed)
     if readme is not None:
         files[readme] = _with_block(readme, results_root, boards, related)
     return files

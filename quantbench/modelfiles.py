@@ -17,10 +17,10 @@ import os
 import re
 import stat
 import struct
-from functools import cache
 from pathlib import Path
 from typing import Any
 
+from quantbench.store import sha256_of
 from quantbench.strict import quote
 
 PICKLED = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".msgpack", ".h5")
@@ -239,16 +239,8 @@ def combined(found: dict[str, str]) -> str:
 
 
 def sha256(path: Path) -> str:
-    """Of a file as it is now (hex)."""
-    about = path.stat()
-    return _sha256(path.resolve(), about.st_ino, about.st_size, about.st_mtime_ns, about.st_ctime_ns)
-
-
-@cache
-def _sha256(path: Path, *_: int) -> str:
-    """Once for a state of a file: every job of a sweep asks, and some are gigabytes."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    """Of a file as it is now (hex), or of that which a link of a hub's cache leads to."""
+    return sha256_of(path.resolve())
 
 
 # --- weights ---------------------------------------------------------------------------------------------------------
